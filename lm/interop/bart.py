@@ -1,9 +1,9 @@
 """BART (Lewis et al. 2020): `BartForConditionalGeneration`.
 
-The encoder and the decoder have a table of positions, whose rows 0 and 1 no position uses, and an
-embedding norm each. Whether the output is tied follows from the tensors of a file: in config.json
-it would untie the encoder's tokens from the decoder's too. The bias of the logits, which the class
-keeps beside its parameters, is zero in the released files; others are refused.
+Encoder and decoder have separate position tables, whose rows 0 and 1 are unused, and embedding
+norms. The tensors of a file determine whether the output is tied: `tie_word_embeddings` in
+config.json would also untie the encoder's tokens from the decoder's. The bias of the logits, which
+the class stores as a buffer, is zero in the released files; other values are refused.
 """
 
 from __future__ import annotations

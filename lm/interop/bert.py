@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and ELECTRA (Clark et al. 2020), with heads.
 
 All have the same stack. RoBERTa counts positions from its padding id + 1, has its output layer in
-`lm_head`, and pools inside its classifier. ELECTRA's embeddings may have another width; its
-generator has the output layer, its discriminator tells replaced tokens.
+`lm_head`, and pools inside its classifier. ELECTRA's embeddings may have a different width; its
+generator has the output layer, its discriminator detects replaced tokens.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _write_bert(config: TransformerConfig) -> Values:
 
 
 def _read_roberta(hf: Values) -> Values:
-    # The output layer's activation is always this one.
+    # The output layer's activation is fixed.
     lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
     pad = hf.get("pad_token_id", 1)
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < hf["vocab_size"]:
@@ -137,7 +137,7 @@ def _write_roberta(config: TransformerConfig) -> Values:
 
 
 def _read_electra(hf: Values) -> Values:
-    # The output layer's activation, and that of classifiers, is always this one.
+    # The activation is fixed in the output layer and in classifiers.
     lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
     width = read_size({"embedding_size": 128} | hf, "embedding_size")
     return _read_bert(hf) | {
@@ -152,7 +152,7 @@ def _write_electra(config: TransformerConfig) -> Values:
 
 _LM, _NEXT, _POOLER, _CLASSES, _SPANS = "masked", "next_sentence", "pooler", "classes", "spans"
 _REPLACED = "replaced"
-# RoBERTa's classifier of tokens and the pooler of its bare model have names of their own.
+# RoBERTa's token classifier and the pooler of its bare model have their own names.
 _TAGS, _SUMMARY = "tags", "summary"
 
 
@@ -180,7 +180,7 @@ def _family(
         read: fields of TransformerConfig from config.json.
         write: values of config.json from a TransformerConfig.
         masked: tensor prefix of the masked-language-model head; its `decoder.weight` is stored
-            where the embeddings are untied.
+            if the embeddings are untied.
         dense: tensor prefix of that head's dense layer.
         dense_norm: tensor prefix of that head's norm.
         pooler: tensor prefix of the pooler.

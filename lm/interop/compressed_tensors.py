@@ -1,8 +1,8 @@
 """Quantized layers in model folders: the format "pack-quantized" of `compressed-tensors`.
 
 `transformers` and vLLM read it. A weight [out, in] becomes `weight_packed`, int32 with the integers
-of a row packed from the lowest bits on, half of their range added; `weight_scale`, one a group of
-inputs (4 bits) or a row (8 bits); and `weight_shape`. Embeddings and output layers stay whole.
+of a row, plus half of their range, packed from the lowest bits; `weight_scale`, one per group of
+inputs (4 bits) or row (8 bits); and `weight_shape`. Embeddings and output layers are not quantized.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MATRIX = ParamInfo(Role(Kind.MATRIX, inputs=1), ("one", "one"))
 
 
 def bits_of(n_inputs: int, quantize: str) -> int:
-    """Return the bits of a weight with so many inputs: those asked for, or 8 if they are odd."""
+    """Return the bits of a weight with `n_inputs`: the requested ones, or 8 if that is odd."""
     return BITS[quantize] if group_size(n_inputs) else 8
 
 
 def quantized(tensor: PendingTensor, quantize: str) -> list[PendingTensor]:
-    """Return the tensors that hold a weight [out, in] in 8 or 4 bits."""
+    """Return the tensors that represent a weight [out, in] in 8 or 4 bits."""
     n_out, n_in = tensor.shape
     bits = bits_of(n_in, quantize)
     module = tensor.name.removesuffix("weight")
@@ -64,10 +64,10 @@ def _pack(values: np.ndarray, bits: int) -> np.ndarray:
 
 
 def quantization_config(inputs: Mapping[str, int], quantize: str) -> dict[str, Any]:
-    """Return `quantization_config` of config.json.
+    """Return `quantization_config` for config.json.
 
     Args:
-        inputs: number of inputs of the quantized weights, by name with "{}" for a layer.
+        inputs: number of inputs of the quantized weights, by name with "{}" for the layer.
         quantize: int8 or int4.
     """
     schemes: dict[tuple[int, int], list[str]] = {}
@@ -121,7 +121,7 @@ class _PackedTensor(StoredTensor):
 def unpacked(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder, quantized weights to be read as float32.
+    """Return the tensors of a folder, with quantized weights read as float32.
 
     Args:
         path: folder, for messages.
@@ -129,7 +129,7 @@ def unpacked(
         stored: its tensors by name.
 
     Raises:
-        UserError: weights are quantized in another way than this one, or parts of one do not match.
+        UserError: weights are quantized in another way, or parts of one do not match.
     """
     kind = config.get("quant_method"), config.get("format")
     if kind != ("compressed-tensors", "pack-quantized"):
@@ -146,7 +146,7 @@ def unpacked(
         if f"{module}weight_zero_point" in stored or f"{module}weight_g_idx" in stored:
             raise UserError(f"{path}: {module}weight has zero points or a custom order")
         if scale is None or len(scale.shape) != 2 or len(packed.shape) != 2:
-            raise UserError(f"{path}: {module}weight lacks a scale, or its parts are no matrices")
+            raise UserError(f"{path}: {module}weight lacks a scale, or its parts are not matrices")
         shape = _shape(path, module, stored)
         _check_parts(path, module, shape, packed.shape, scale.shape)
         found[module + "weight"] = _PackedTensor(
@@ -157,7 +157,7 @@ def unpacked(
 
 def _shape(path: Path, module: str, stored: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     if module + SHAPE not in stored or stored[module + SHAPE].shape != (2,):
-        raise UserError(f"{path}: {module}{SHAPE} is missing, or not two numbers")
+        raise UserError(f"{path}: {module}{SHAPE} is missing, or does not have two numbers")
     return tuple(map(int, stored[module + SHAPE].stored_rows(0, 2)))
 
 

@@ -1,7 +1,7 @@
-"""DeBERTa 2 and 3 (He et al. 2021, 2023), bare or with the heads of their classes.
+"""DeBERTa 2 and 3 (He et al. 2021, 2023), bare or with the heads of its classes.
 
-Positions are in attention alone, and the layers' own projections serve the table of positions too,
-as in the releases of version 3.
+Only attention has positions, and the layers' own projections are also applied to the position
+table, as in the releases of version 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """DeepSeek-V2 (DeepSeek-AI 2024a) and DeepSeek-V3 (2024b), whose architecture Kimi K2 shares.
 
-Multi-head latent attention; after some plain layers experts with a shared one, chosen from the best
-groups of experts. V2 scores experts by a softmax, V3 by sigmoids and a bias, which is model state.
+Multi-head latent attention; a few dense layers, then experts with a shared one, chosen from the
+best groups of experts. V2 scores experts by a softmax, V3 by sigmoids and a bias, which is model
+state.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _SIZES = {  # of every head, and of latents
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-BIAS_RATE = 1e-3  # of DeepSeek-V3 (2024b, §4.2); config.json does not have it
+BIAS_RATE = 1e-3  # DeepSeek-V3 (2024b, §4.2); not in config.json
 
 
 def _table(config: TransformerConfig) -> list[TensorMapping]:
@@ -76,7 +77,7 @@ def _table(config: TransformerConfig) -> list[TensorMapping]:
 
 
 def _read_attention(hf: Values, interleaved: bool) -> Values:
-    """Read the sizes of latent attention; missing keys stand for those of V2 and V3 alike."""
+    """Read the sizes of latent attention; missing keys get the defaults of V2 and V3."""
     sizes = {name: read_size({name: default} | hf, name) for name, default in _SIZES.items()}
     rank = {"q_lora_rank": 1536} | hf
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}

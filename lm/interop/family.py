@@ -1,4 +1,4 @@
-"""Model family of Hugging Face: its configuration and tensors in terms of this library's."""
+"""Hugging Face model family: mapping of configuration and tensors to this library's."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ TRAINING = (
 
 
 class UnsupportedConfig(UserError):
-    """Setting that the other side's configuration cannot express."""
+    """Setting that the other library's configuration cannot express."""
 
 
-OUTPUT = "head"  # module of the output projection of untied embeddings
+OUTPUT = "head"  # module of the output projection when embeddings are untied
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Head:
 
     Attributes:
         modules: modules of the model in `lm.models` that the head consists of.
-        mappings: rows of the tensor table; a parameter in none of them is zero.
+        mappings: rows of the tensor table; a parameter in no row is zero.
         replaces_output: models with this head have no output projection.
     """
 
@@ -68,26 +68,26 @@ class Family:
     Attributes:
         model_type: value of that key in config.json.
         model: `--config.model.family` of the models.
-        classes: Hugging Face class by the heads that a model has; no two have the same modules.
-        prefix: prefix of tensor names that the bare model (`…Model`) lacks.
+        classes: Hugging Face class by the model's heads; no two have the same modules.
+        prefix: prefix of tensor names, absent in the bare model (`…Model`).
         base: returns the tensor table of the stack.
         keys: keys of config.json that correspond to a field of TransformerConfig.
-        fixed: fields of TransformerConfig with one value in this family.
-        read: returns the fields that take more than a renaming, from config.json.
-        write: returns the keys that take more than a renaming, from a TransformerConfig.
-        output: tensor of the output projection; a file may hold it although it equals `table`.
+        fixed: fields of TransformerConfig with a fixed value in this family.
+        read: returns the fields that need more than a renaming, from config.json.
+        write: returns the keys that need more than a renaming, from a TransformerConfig.
+        output: tensor of the output projection; a file may store it even if it equals `table`.
         table: tensor of the token embeddings.
         heads: heads by name.
-        copies: further tensors that repeat another one.
+        copies: additional tensors that repeat another one.
         ignored: patterns of tensors that are not weights.
         renamed: patterns of old tensor names, and their replacements.
-        in_file: fields that the tensors of a file determine, not config.json.
-        defaults: values of `keys` that old files lack.
-        fused: tensors of a file that hold several of the table (`fused_tensors.py`).
+        in_file: fields determined by the tensors of a file, not by config.json.
+        defaults: values of `keys` missing in old files.
+        fused: file tensors that contain several of the table (`fused_tensors.py`).
         constants: tensors with the same values in all models of a configuration.
-        further_files: further JSON files of a folder, by name: what they must say, if they do.
+        further_files: required contents of other JSON files of a folder, by name, if they exist.
         left_out: modules that a class lacks, and that are left out.
-        objective: objective of its pretraining, "" where that of `model` is usual.
+        objective: pretraining objective, "" for the usual one of `model`.
     """
 
     model_type: str
@@ -133,7 +133,7 @@ class Family:
             )
         if not found.get("head_dim"):
             if width % heads:
-                raise UserError(f"{width} numbers of a token are not divisible by {heads} heads")
+                raise UserError(f"a width of {width} is not divisible by {heads} heads")
             found["head_dim"] = width // heads
         config = TransformerConfig(**found)
         if config.positions == "rotary" and config.head_dim % 2:
@@ -159,10 +159,10 @@ class Family:
     def mappings(
         self, config: TransformerConfig, paths: Collection[str], heads: Collection[str]
     ) -> list[TensorMapping]:
-        """Return the rows of the tensor table for a model with these parameters and heads.
+        """Return the tensor table for a model with these parameters and heads.
 
         Raises:
-            UnsupportedConfig: a parameter is in no row, and not a bias of a head.
+            UnsupportedConfig: a parameter is in no row and is not a head's bias.
         """
         of_heads = (mapping for name in heads for mapping in self.heads[name].mappings)
         parts = segments(config.layer_types(config.n_layers))
@@ -180,7 +180,7 @@ class Family:
     def heads_of(self, modules: Collection[str]) -> frozenset[str] | None:
         """Return the heads of the class that has these modules; None if there is none.
 
-        Of BERT's pretraining class the next-sentence head may lack: it is written as zeros.
+        BERT's pretraining class may lack the next-sentence head: it is written as zeros.
         """
         own = {name: set(head.modules) for name, head in self.heads.items()}
         present = set().union(*own.values()) & set(modules)
@@ -193,12 +193,12 @@ class Family:
         return min(fitting, key=len, default=None)
 
     def write_config(self, config: TransformerConfig) -> Values:
-        """Convert a TransformerConfig to the values of config.json, `architectures` aside."""
+        """Convert a TransformerConfig to config.json values, except `architectures`."""
         values = {name: getattr(config, field) for name, field in self.keys.items()}
         return {"model_type": self.model_type} | values | self.write(config)
 
 
-# The classifier of a decoder, over the last token: without a bias.
+# A decoder's classifier of the last token, without a bias.
 DECODER_HEADS: Mapping[str, Head] = {
     "classes": Head(
         ("classifier",),
@@ -215,7 +215,7 @@ def decoder_classes(name: str) -> dict[frozenset[str], str]:
         name: class of the language model, such as GPT2LMHeadModel.
     """
     prefix = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-    prefix += "Text" if prefix == "Gemma3" else ""  # Gemma3 alone sees pictures
+    prefix += "Text" if prefix == "Gemma3" else ""  # the plain class also reads images
     return {frozenset(): name, frozenset({"classes"}): f"{prefix}ForSequenceClassification"}
 
 
@@ -231,14 +231,14 @@ _FLAGS = frozenset(
 
 
 def _check_flags(hf: Values) -> None:
-    """Raise UserError for a flag of config.json that is neither true, false nor null."""
+    """Raise UserError for a flag in config.json that is neither true, false nor null."""
     for name in sorted(_FLAGS & hf.keys()):
         if not isinstance(hf[name], bool | None):
             raise UserError(f"config.json: {name}={hf[name]!r:.40} is neither true nor false")
 
 
 _LARGEST = 2**31 - 1
-_MOST_LAYERS = 100_000  # more would take long before their tensors turn out to be missing
+_MOST_LAYERS = 100_000  # for more, finding out that their tensors are missing would take long
 
 
 def _check_layers(n_layers: int) -> None:
@@ -247,7 +247,7 @@ def _check_layers(n_layers: int) -> None:
 
 
 def read_size(hf: Values, name: str) -> int:
-    """Return an integer of config.json; UserError if it is none, negative or too large."""
+    """Return an integer from config.json; UserError if it is not one, negative or too large."""
     value = require(hf, name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
         raise UserError(f"config.json: {name} is not a number from 0 to {_LARGEST}")
@@ -255,7 +255,7 @@ def read_size(hf: Values, name: str) -> int:
 
 
 def _check_types(found: Values) -> None:
-    """Raise UserError for a value of another type than the field of TransformerConfig has."""
+    """Raise UserError for a value with a different type than its TransformerConfig field."""
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for of in fields(TransformerConfig):
         value: Any = found.get(of.name)
@@ -264,7 +264,7 @@ def _check_types(found: Values) -> None:
             continue
         is_number = of.type in ("int", "float")
         if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
-            raise UserError(f"config.json: {of.name} is no {of.type}")
+            raise UserError(f"config.json: {of.name} is not of type {of.type}")
         if is_number and not -_LARGEST <= value <= _LARGEST:
             raise UserError(f"config.json: {of.name} is out of range")
     sizes = (
@@ -284,7 +284,7 @@ def _check_types(found: Values) -> None:
 
 
 def comparable_config(config: TransformerConfig, model: str) -> Values:
-    """Return the values that determine what a model computes, leaving out those without effect.
+    """Return the values that affect what a model computes.
 
     Args:
         config: configuration of the model.
@@ -355,14 +355,14 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
 
 
 def require(hf: Values, name: str) -> Any:
-    """Return a value that config.json must have; UserError if it is missing or null."""
+    """Return a required value of config.json; UserError if it is missing or null."""
     if hf.get(name) is None:
         raise UserError(f"config.json has no {name}")
     return hf[name]
 
 
 def positive_number(name: str, value: Any) -> float:
-    """Return a value of config.json as a number; UserError if it is none above 0."""
+    """Return a positive number from config.json; UserError for any other value."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < 2.0**63:
         raise UserError(f"config.json: {name}={value!r:.40} is not a positive number")
@@ -370,7 +370,7 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def require_equal(hf: Values, **expected: Any) -> None:
-    """Raise UnsupportedConfig for other values than the expected; missing and null pass."""
+    """Raise UnsupportedConfig for unexpected values; missing and null values pass."""
     for name, value in expected.items():
         found = hf.get(name)
         if found is not None and found != value:
@@ -378,7 +378,7 @@ def require_equal(hf: Values, **expected: Any) -> None:
 
 
 def lm_word(hf: Values, name: str, table: Mapping[str, str], default: str) -> str:
-    """Translate the value of a key of config.json; missing stands for `default`.
+    """Translate a config.json value to ours; a missing one is `default`.
 
     Raises:
         UnsupportedConfig: the value is not in the table.
@@ -392,7 +392,7 @@ def lm_word(hf: Values, name: str, table: Mapping[str, str], default: str) -> st
 
 
 def hf_word(value: str, table: Mapping[str, str], key: str) -> str:
-    """Translate a value of `--config.model.KEY` to the first word of Hugging Face for it.
+    """Translate a value of `--config.model.KEY` to Hugging Face's first word for it.
 
     Raises:
         UnsupportedConfig: the table has no such value.

@@ -1,7 +1,7 @@
-"""Weights in 8-bit floats, E4M3, with a scale for each block, as DeepSeek-V3 was released.
+"""Weights as 8-bit floats, E4M3, with a scale per block, as released for DeepSeek-V3.
 
-A weight [out, in] has `NAME_scale_inv`, one number that each block of `weight_block_size` is
-multiplied by (DeepSeek-AI 2024b, §3.3.2); the last blocks of a row or column may be smaller.
+A weight [out, in] has `NAME_scale_inv`, one factor for each block of `weight_block_size`
+(DeepSeek-AI 2024b, §3.3.2); the last blocks of a row or column may be smaller.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _stored_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
 def fp8_weights(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder, weights in 8-bit floats to be read as float32.
+    """Return the tensors of a folder, with weights in 8-bit floats read as float32.
 
     Args:
         path: folder, for messages.
@@ -67,7 +67,7 @@ def fp8_weights(
     """
     sizes = config.get("weight_block_size")
     if not (isinstance(sizes, list) and len(sizes) == 2 and all(_is_size(n) for n in sizes)):
-        raise UserError(f"{path}: weight_block_size={sizes} is not two sizes of a block")
+        raise UserError(f"{path}: weight_block_size={sizes} does not have the two sizes of a block")
     block = sizes[0], sizes[1]
     found = {name: x for name, x in stored.items() if not name.endswith(_SCALE)}
     for name, scales in stored.items():

@@ -1,4 +1,4 @@
-"""Tensors of a file that hold the rows of several of the table's, one after the other (Phi-3)."""
+"""File tensors that concatenate the rows of several tensors of the table (Phi-3)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from lm.errors import UserError
 from lm.interop.tensor_files import PendingTensor, StoredTensor
 
-# By the name of a file's tensor, with "{}" for the layer, the names of those that it holds.
+# Names of the contained tensors by the name of the file's tensor, with "{}" for the layer.
 Fused = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class _RowsOfTensor(StoredTensor):
-    """Rows of a stored tensor, from `first` on."""
+    """Rows of a stored tensor, starting at `first`."""
 
     whole: StoredTensor | None = None
     first: int = 0
 
     def stored_rows(self, start: int, stop: int) -> np.ndarray:
-        """Read the rows start … stop - 1 in the type that they are stored in."""
+        """Read the rows start … stop - 1 in their stored type."""
         assert self.whole is not None
         return self.whole.stored_rows(self.first + start, self.first + stop)
 
@@ -35,7 +35,7 @@ def split(
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, StoredTensor],
 ) -> dict[str, StoredTensor]:
-    """Replace fused tensors by those that they hold.
+    """Replace fused tensors by their parts.
 
     Args:
         path: folder, for messages.
@@ -45,7 +45,7 @@ def split(
         stored: tensors of the files.
 
     Raises:
-        UserError: a fused tensor is missing or of another shape.
+        UserError: a fused tensor is missing or has the wrong shape.
     """
     found = dict(stored)
     for name, parts in fused.items():
@@ -71,7 +71,7 @@ def split(
 
 
 def fuse(fused: Fused, n_layers: int, tensors: Sequence[PendingTensor]) -> list[PendingTensor]:
-    """Return the tensors as a file has them: what belongs together in one."""
+    """Fuse tensors as in the files of `transformers`."""
     by_name = {tensor.name: tensor for tensor in tensors}
     for name, parts in fused.items():
         for i in (i for i in range(n_layers) if parts[0].format(i) in by_name):

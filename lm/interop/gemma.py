@@ -1,9 +1,9 @@
 """Gemma (Gemma Team 2024), Gemma 2 (2024) and the text models of Gemma 3 (2025).
 
 Norms multiply by 1 + scale, embeddings by √d_model. From Gemma 2 on, every sublayer has a norm
-before and after it, some layers use sliding-window attention, the attention scale is a setting, and
-attention scores and logits have soft-caps. Gemma 3 has QK-norm instead of the attention soft-cap,
-and another RoPE theta in its local layers.
+before and after it, some layers use sliding-window attention, the attention scale is configurable,
+and attention scores and logits are soft-capped. Gemma 3 has QK-norm instead of the cap on scores,
+and another RoPE theta in local layers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _write_gemma(config: TransformerConfig) -> Values:
 
 
 def _read_later(hf: Values, scores: float | None, logits: float | None, every: int) -> Values:
-    """Read the settings shared by Gemma 2 and 3; the arguments are the defaults of missing keys."""
+    """Read the settings shared by Gemma 2 and 3; arguments are defaults of missing keys."""
     n_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     types = hf.get("layer_types") or layer_types(n_layers, window or 0, every)
     scalar = "query_pre_attn_scalar"
@@ -97,7 +97,7 @@ def _write_later(config: TransformerConfig) -> Values:
     scalar = config.score_scale**-2
     if abs(scalar - round(scalar)) > 1e-6 * scalar:
         raise UnsupportedConfig(f"model.attention_scale={config.attention_scale}")
-    if config.d_model % config.n_heads:  # Gemma2Config refuses it
+    if config.d_model % config.n_heads:  # Gemma2Config does not allow it
         raise UnsupportedConfig(f"model.n_heads={config.n_heads}")
     return _write(config) | {
         "layer_types": config_layer_types(config),

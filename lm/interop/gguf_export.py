@@ -1,8 +1,8 @@
-"""Export of a run as a GGUF file, which llama.cpp and what is built on it run.
+"""Export of a run as a GGUF file, for llama.cpp and programs built on it.
 
-Tensors are those of the Hugging Face export under the names of the package `gguf`. llama.cpp
-rotates neighbouring dimensions of a head in Llama's architecture, so that query and key projections
-are permuted, adds nothing to the scales of Gemma's norms, and wants linear layers [out, in].
+Tensors are those of the Hugging Face export, with the names of the package `gguf`. llama.cpp
+rotates neighbouring dimensions of a head in Llama's architecture, so query and key projections
+are permuted. It adds nothing to the scales of Gemma's norms, and expects linear layers [out, in].
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lm.runs.checkpoints import Log
 from lm.runs.saved_params import require_empty
 
 MODEL = "model.gguf"
-ARCHITECTURES = {  # of llama.cpp, by model_type
+ARCHITECTURES = {  # llama.cpp's, by model_type
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
     **{"gpt2": "gpt2", "qwen2": "qwen2", "qwen3": "qwen3"},
     **{"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"},
@@ -35,7 +35,7 @@ _FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTL
 _FILE_TYPES["q8_0"] = "MOSTLY_Q8_0"
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _WITH_WINDOWS = ("gemma2", "gemma3")
-# Layers of the sizes whose attention llama.cpp scales by d_model / n_heads (its LLM_TYPE_27B).
+# Numbers of layers for which llama.cpp scales attention by d_model / n_heads (its LLM_TYPE_27B).
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 
 
@@ -44,14 +44,14 @@ def export_gguf(workdir: Path, to: Path, average: int, best: bool, dtype: str, l
 
     Args:
         workdir: folder of the run.
-        to: folder, empty or not there.
+        to: output folder, empty or not yet existing.
         average: number of newest checkpoints whose parameters are averaged.
         best: export the checkpoint that `--config.eval.best` kept.
         dtype: type of matrices: float32, bfloat16, float16 or q8_0; vectors are float32.
         log: receives the lines for the user.
 
     Raises:
-        UserError: `to` is not empty, or llama.cpp would compute or encode something else.
+        UserError: `to` is not empty, or llama.cpp would compute or encode differently.
     """
     require_empty(to)
     if find_spec("gguf") is None:
@@ -63,7 +63,7 @@ def export_gguf(workdir: Path, to: Path, average: int, best: bool, dtype: str, l
     name = ARCHITECTURES.get(model.family.model_type)
     if name is None or model.has_classes:
         raise UserError(
-            f"GGUF export has no {model.class_name}: it has language models of "
+            f"GGUF export does not support {model.class_name}, only language models of "
             f"{', '.join(ARCHITECTURES)}"
         )
     for problem in _problems(name, model.config):
@@ -86,16 +86,16 @@ def export_gguf(workdir: Path, to: Path, average: int, best: bool, dtype: str, l
 
 
 def _kind(name: str, values: np.ndarray, dtype: str) -> str:
-    """Return the type that a tensor is stored in, as llama.cpp's own conversion chooses it."""
+    """Return the storage type of a tensor, chosen as in llama.cpp's own conversion."""
     if values.ndim < 2 or name.startswith("position_embd") or "ffn_gate_inp" in name:
         return "F32"
     if dtype == "q8_0" and values.shape[-1] % 32:
-        return "F16"  # rows that are not whole blocks
+        return "F16"  # rows that are not a multiple of the block size
     return _TYPES[dtype]
 
 
 def _problems(name: str, config: TransformerConfig) -> Iterator[str]:
-    """Yield the settings that an architecture of llama.cpp does not have, as "model.key=value"."""
+    """Yield settings that llama.cpp's architecture does not support, as "model.key=value"."""
     c = config
     scale = c.head_dim**-0.5
     if c.n_layers == _SCALED_BY_WIDTH.get(name):
@@ -127,7 +127,7 @@ def _problems(name: str, config: TransformerConfig) -> Iterator[str]:
 
 
 def _write_settings(writer: Any, name: str, config: TransformerConfig) -> None:
-    """Write what llama.cpp reads of a model's configuration."""
+    """Write the settings that llama.cpp reads from a model's configuration."""
     import gguf
 
     c = config
@@ -168,11 +168,11 @@ def _write_settings(writer: Any, name: str, config: TransformerConfig) -> None:
 
 
 def gguf_tensors(name: str, model: HuggingFaceModel) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the tensors of a GGUF file, float32, in numpy's order of dimensions.
+    """Yield the tensors of a GGUF file, float32, with dimensions in numpy's order.
 
     Args:
         name: architecture of llama.cpp.
-        model: the model in terms of `transformers`.
+        model: the converted model for `transformers`.
     """
     import gguf
 
@@ -206,7 +206,7 @@ def gguf_tensors(name: str, model: HuggingFaceModel) -> Iterator[tuple[str, np.n
 def _converted(
     architecture: str, name: str, values: np.ndarray, config: TransformerConfig
 ) -> np.ndarray:
-    """Return a tensor of `transformers` as llama.cpp wants it."""
+    """Return a tensor of `transformers` in llama.cpp's layout."""
     if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
         return values.T
     if architecture.startswith("gemma") and name.endswith("norm.weight"):

@@ -1,8 +1,8 @@
-"""Tokenizers in GGUF: byte-level BPE with its merges, and SentencePiece models with their scores.
+"""Tokenizers in GGUF: byte-level BPE with merges, and SentencePiece models with scores.
 
-llama.cpp finds words by built-in expressions (`tokenizer.ggml.pre`), encodes a SentencePiece BPE
-model by its scores, and writes bytes for what it does not know. What it cannot repeat exactly is
-refused.
+llama.cpp splits words by built-in expressions (`tokenizer.ggml.pre`), encodes a SentencePiece BPE
+model by its scores, and writes unknown text as bytes. Tokenizers that it cannot reproduce exactly
+are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from lm.errors import UserError
 from lm.runs.checkpoints import Log
 
-# Names in llama.cpp (src/llama-vocab.cpp) of the expressions that cut a text into words.
+# llama.cpp's names (src/llama-vocab.cpp) for the expressions that split a text into words.
 _WORDS = {GPT2_WORDS: "gpt-2", LLAMA3_WORDS: "llama-bpe", QWEN_WORDS: "qwen2"}
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = range(1, 6)  # gguf.TokenType
 _ADDED_SCORE = -1000.0  # as in llama.cpp's own conversion
@@ -32,7 +32,7 @@ def write_gguf_tokenizer(writer: Any, tokenizer: Tokenizer | None, n_rows: int, 
 
     Args:
         writer: gguf.GGUFWriter.
-        tokenizer: tokenizer of the run; None: the file has none.
+        tokenizer: tokenizer of the run, or None.
         n_rows: rows of the token table; ids beyond the tokenizer's are unused.
         log: receives the lines for the user.
 
@@ -61,7 +61,8 @@ def write_gguf_tokenizer(writer: Any, tokenizer: Tokenizer | None, n_rows: int, 
             tokens, types, scores = _write_sentencepiece(writer, vocabulary, log)
         case _:
             raise UserError(
-                f"GGUF has no {vocabulary.kind} tokenizer: it has byte-level BPE and SentencePiece"
+                f"GGUF does not support a {vocabulary.kind} tokenizer, only byte-level BPE and "
+                "SentencePiece"
             )
     size = max(n_rows, len(tokens))
     tokens += [f"[PAD{i}]" for i in range(len(tokens), size)]
@@ -78,7 +79,7 @@ def write_gguf_tokenizer(writer: Any, tokenizer: Tokenizer | None, n_rows: int, 
 
 
 def _write_special(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
-    """Write special ids, whether texts start and end with them, and the chat template."""
+    """Write special ids, whether texts start or end with them, and the chat template."""
     ends = [i for i in tokenizer.stop_ids if i != tokenizer.eos_id]
     roles: Mapping[Callable[[int], None], int | None] = {
         writer.add_bos_token_id: tokenizer.bos_id,
@@ -92,7 +93,7 @@ def _write_special(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
             write(i)
     before = tokenizer.template.before
     if before not in ((), (tokenizer.bos_id,)):
-        raise UserError("GGUF puts bos or nothing before a text, and this tokenizer other tokens")
+        raise UserError("GGUF puts only bos before a text, but this tokenizer other tokens")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(False)
     template = getattr(tokenizer, "chat_templates", {}).get("default")
@@ -101,17 +102,17 @@ def _write_special(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
 
 
 def _write_byte_level(writer: Any, definition: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Write a byte-level BPE of a tokenizer.json; return its tokens and their types."""
+    """Write the byte-level BPE of a tokenizer.json; return its tokens and their types."""
     model, words = definition["model"], word_pattern(definition["pre_tokenizer"])
     normalizer = (definition.get("normalizer") or {}).get("type")
     if model["type"] != "BPE" or words not in _WORDS or normalizer not in (None, "NFC"):
         raise UserError(
-            "GGUF has the tokenizers of GPT-2, Llama 3, Qwen and SentencePiece; this one is "
-            f"another ({model['type']}, normalizer {normalizer}): where its folder has a "
-            "tokenizer.model too, import without the tokenizer.json"
+            "GGUF supports the tokenizers of GPT-2, Llama 3, Qwen and SentencePiece; this one "
+            f"differs ({model['type']}, normalizer {normalizer}): if its folder also has a "
+            "tokenizer.model, import it without the tokenizer.json"
         )
     if not model["merges"]:
-        raise UserError("GGUF has no byte tokenizer: a BPE without merges is refused by llama.cpp")
+        raise UserError("GGUF has no byte tokenizer: llama.cpp refuses a BPE without merges")
     added = {token["id"]: token for token in definition["added_tokens"]}
     of_id = {i: token for token, i in model["vocab"].items()}
     of_id |= {i: token["content"] for i, token in added.items()}
@@ -129,7 +130,7 @@ def _write_byte_level(writer: Any, definition: Mapping[str, Any]) -> tuple[list[
 def _write_sentencepiece(
     writer: Any, tokenizer: SentencePieceTokenizer, log: Log
 ) -> tuple[list[str], list[int], list[float]]:
-    """Write the settings of a SentencePiece model; return pieces, types and scores."""
+    """Write a SentencePiece model's settings; return pieces, types and scores."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
@@ -139,7 +140,7 @@ def _write_sentencepiece(
     if trainer.model_type == _BPE:
         _check_bpe(trainer, rules)
         if rules.remove_extra_whitespaces:
-            log("llama.cpp keeps spaces at the ends and repeated ones, which the tokenizer drops")
+            log("llama.cpp keeps outer and repeated spaces, which the tokenizer drops")
         writer.add_tokenizer_model("llama")
     elif trainer.model_type == _UNIGRAM:
         writer.add_tokenizer_model("t5")
@@ -147,9 +148,9 @@ def _write_sentencepiece(
         if rules.precompiled_charsmap:
             writer.add_precompiled_charsmap(rules.precompiled_charsmap)
     else:
-        raise UserError("GGUF has SentencePiece models of the types BPE and unigram only")
+        raise UserError("GGUF supports only SentencePiece models of the types BPE and unigram")
     if trainer.treat_whitespace_as_suffix:
-        raise UserError("GGUF has no SentencePiece model that marks the space after a word")
+        raise UserError("GGUF does not support SentencePiece models that mark spaces after words")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(rules.add_dummy_prefix)
     pieces: Sequence[Any] = proto.pieces
@@ -160,11 +161,11 @@ def _check_bpe(trainer: Any, rules: Any) -> None:
     """Raise UserError for a BPE model that llama.cpp would read differently."""
     if not trainer.byte_fallback:
         raise UserError(
-            "llama.cpp needs the 256 bytes in a SentencePiece BPE model (byte_fallback), "
+            "llama.cpp needs the 256 byte pieces in a SentencePiece BPE model (byte_fallback), "
             "which this one lacks"
         )
     if rules.precompiled_charsmap:
         raise UserError(
-            "llama.cpp does not normalize texts for a SentencePiece BPE model, as this one does "
+            "llama.cpp does not normalize texts for a SentencePiece BPE model, but this one does "
             f"({rules.name})"
         )

@@ -1,6 +1,6 @@
 """GPT-2 (Radford et al. 2019): `GPT2LMHeadModel`.
 
-Its linear layers are [in, out]; one tensor holds the query, key and value projections.
+Its linear layers are [in, out]; one tensor contains the query, key and value projections.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """gpt-oss (OpenAI 2025, arXiv 2508.10925).
 
-Attention sinks, every other layer with a window, biases everywhere, experts with a clipped SwiGLU.
-The files keep the experts of a layer in one tensor, gate and input in turn; as released in MXFP4.
+Attention sinks, windows in every other layer, biases everywhere, experts with a clipped SwiGLU.
+Files store the experts of a layer in one tensor, alternating gate and input, as released in MXFP4.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _write(config: TransformerConfig) -> Values:
             "hidden_act": "silu",
             "intermediate_size": expert_width(config),
             "attention_bias": "query" in config.attention_biases,
-            # transformers makes the mask of windows even where no layer has it.
+            # transformers builds the window mask even if no layer uses it.
             "sliding_window": config.window or _WINDOW,
             "layer_types": config_layer_types(config),
             "num_local_experts": config.n_experts,

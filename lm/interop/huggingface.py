@@ -1,4 +1,4 @@
-"""Hugging Face `transformers`: model folders loaded as models of this library, and written.
+"""Hugging Face `transformers`: loading and writing model folders.
 
     model, params = load("folder")  # config.json and safetensors
     logits_BLV = model.apply({"params": params}, tokens_BL)
@@ -44,8 +44,8 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[nn.Module, Params]
         The Flax module and its float32 parameters.
 
     Raises:
-        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected, of
-            another shape or truncated.
+        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected,
+            truncated or has the wrong shape.
     """
     found = open_model_folder(Path(path))
     return found.model, found.params(mesh)
@@ -53,15 +53,15 @@ def load(path: str | Path, mesh: Mesh | None = None) -> tuple[nn.Module, Params]
 
 @dataclass(frozen=True)
 class HuggingFaceModel:
-    """Model in terms of `transformers`.
+    """Model converted for `transformers`.
 
     Attributes:
         family: its family there.
         config: configuration, with the biases that it has there.
         class_name: name of the class.
-        tensors: its tensors, which are made when they are asked for.
-        has_classes: it has a classifier.
-        mappings: rows of the tensor table that were written.
+        tensors: its tensors, which are computed on demand.
+        has_classes: whether it has a classifier.
+        mappings: rows of the tensor table that were used.
         shapes: its parameters by path.
         bare: prefix that the names lack.
     """
@@ -77,7 +77,7 @@ class HuggingFaceModel:
 
 
 def convert(model: nn.Module, params: Params, model_type: str | None = None) -> HuggingFaceModel:
-    """Convert a model to tensors of `transformers`; arguments and errors are those of `save`."""
+    """Convert a model to tensors of `transformers`; for arguments and errors see `save`."""
     leaves = flat(nn.meta.unbox(params))
     family, heads, config = _family_of(model, leaves, model_type)
     shapes = parameter_specs(family, model.clone(config=config), heads)
@@ -127,17 +127,17 @@ def save(
     Args:
         model: Flax module.
         params: its parameters.
-        path: folder, created if it is not there.
+        path: folder, created if necessary.
         dtype: float32, bfloat16 or float16.
         about: further values of config.json.
-        model_type: architecture to choose of several that compute the same.
+        model_type: architecture to use if several compute the same function.
         quantize: int8 or int4 for the layers' matrices; "" for none.
 
     Returns:
         The name of the `transformers` class.
 
     Raises:
-        UserError: no architecture of `transformers` computes what the model does.
+        UserError: no architecture of `transformers` computes the same function as the model.
     """
     found = convert(model, params, model_type)
     family, config, tensors = found.family, found.config, list(found.tensors)
@@ -186,10 +186,10 @@ def save(
 def _quantized_inputs(
     family: Family, mappings: Sequence[TensorMapping], shapes: Mapping[str, ParameterSpec]
 ) -> dict[str, int]:
-    """Return the number of inputs of the layers' linear maps, by name of the mapping.
+    """Return the number of inputs of the layers' linear maps, by mapping name.
 
     Raises:
-        UserError: the class of `transformers` has no `Linear` layers, which alone are quantized.
+        UserError: the class of `transformers` has no `Linear` layers, which are needed here.
     """
     has_experts = any(path.endswith("/router/kernel") for path in shapes)
     if family.model_type == "gpt2" or has_experts or family.fused:
@@ -207,7 +207,7 @@ def _quantized_inputs(
 
 
 def class_labels(n_classes: int, names: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the labels in config.json of a classifier; without a name that of `transformers`."""
+    """Return a classifier's labels for config.json; missing names as in `transformers`."""
     names = [*names, *(f"LABEL_{i}" for i in range(len(names), n_classes))]
     return {
         "id2label": {str(i): name for i, name in enumerate(names)},
@@ -224,9 +224,9 @@ def _make_tensor(
 def _family_of(
     model: nn.Module, leaves: Mapping[str, Any], preferred: str | None
 ) -> tuple[Family, frozenset[str], TransformerConfig]:
-    """Return the family that computes what a model does, its heads, and its configuration.
+    """Return the family that computes the same as a model, its heads, and its configuration.
 
-    Where only a model with biases is found (GPT-2), the configuration has them, and they are zero.
+    If only a model with biases is found (GPT-2), the configuration has them, and they are zero.
     """
     modules = {path.partition("/")[0] for path in leaves}
     own: TransformerConfig = model.config  # type: ignore[attr-defined]
@@ -248,8 +248,8 @@ def _family_of(
     )
     if problems:
         raise UserError(
-            "no Hugging Face architecture computes the same function as this model; the nearest, "
-            f"{family.model_type}, has not {', '.join(problems)}"
+            "no Hugging Face architecture computes the same function as this model; the closest, "
+            f"{family.model_type}, does not have {', '.join(problems)}"
         )
     return family, heads, config
 
@@ -257,7 +257,7 @@ def _family_of(
 def _neutral_zeros(
     leaves: Mapping[str, Any], shapes: Mapping[str, ParameterSpec]
 ) -> dict[str, np.ndarray]:
-    """Return zeros for the biases, and the next-sentence head, that a model has not."""
+    """Return zeros for the biases, and next-sentence head, that a model lacks."""
     absent = [path for path in shapes if path not in leaves]
     return {
         path: np.zeros(shapes[path].shape, np.float32)
@@ -273,9 +273,9 @@ def _check_parameters(
         if path not in shapes:
             raise UserError(f"the parameter {path} does not exist in the exported model")
         if path not in leaves or leaves[path].shape != shapes[path].shape:
-            raise UserError(f"the parameter {path} is missing or of another shape than the model's")
+            raise UserError(f"the parameter {path} is missing or has a different shape")
         if path not in written and np.any(leaves[path]):
             raise UserError(
                 f"the exported model has no {path}, which is not zero: train with "
-                f"--config.optimizer.freeze={path}, which begins at zero"
+                f"--config.optimizer.freeze={path}, which keeps it zero"
             )

@@ -1,4 +1,4 @@
-"""Import and export of runs: a run from a Hugging Face folder, and a folder from a run."""
+"""Import and export: a run from a Hugging Face folder, and a folder from a run."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 
-_LONGEST = 1024  # tokens of an example, unless data.sequence_length says otherwise
+_LONGEST = 1024  # tokens of an example, unless data.sequence_length is given
 
 
 def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: Log) -> None:
-    """Write a model folder as a run with one checkpoint, of step 0.
+    """Write a model folder as a run with one checkpoint at step 0.
 
     Args:
         source: folder of `transformers`, or a .bin file of llama2.c.
-        workdir: folder of the new run, empty or not there.
+        workdir: folder of the new run, empty or not yet existing.
         overrides: configuration keys of the run, `{path: text}`.
         log: receives the lines for the user.
 
@@ -99,7 +99,7 @@ def run_config(found: ModelFolder) -> ConfigDict:
     """Return the configuration of a run that could have trained this model.
 
     Raises:
-        UserError: no such run has the classes that config.json names, or its kind of problem.
+        UserError: no such run has the classes or the kind of problem that config.json names.
     """
     config = configs.default()
     config.model.family = found.family.model
@@ -133,12 +133,12 @@ def run_config(found: ModelFolder) -> ConfigDict:
 
 
 def _check_problem_type(found: ModelFolder) -> None:
-    """Raise UserError for another problem than this number of outputs has here."""
+    """Raise UserError for a problem type that does not fit the number of outputs."""
     kind, n = found.about.get("problem_type"), found.config.n_classes
     if kind not in (None, _problem_type(n > 1)):
         raise UserError(
-            f"config.json: problem_type={kind} is not supported with {n} outputs: "
-            f"here they are {_problem_type(n > 1)}"
+            f"config.json: problem_type={kind} is not supported with {n} outputs, "
+            f"only {_problem_type(n > 1)}"
         )
 
 
@@ -147,7 +147,7 @@ def _problem_type(has_classes: bool) -> str:
 
 
 def _class_names(found: ModelFolder) -> list[str]:
-    """Return the names in `id2label` of config.json; UserError if they cannot be `data.labels`."""
+    """Return the names in `id2label` of config.json; UserError if they are invalid labels."""
     n, stated = found.config.n_classes, found.about.get("id2label")
     if stated is None or stated == {}:
         return list(class_labels(n)["id2label"].values())
@@ -174,14 +174,14 @@ _TRAINING_ONLY = (AHEAD, "generator")  # modules
 
 @dataclass(frozen=True)
 class ReadRun:
-    """Run that was read to be exported, on one device.
+    """Run that was read for export, on one device.
 
     Attributes:
         config: resolved configuration.
         model: its model, without fused kernels.
-        params: parameters, LoRA updates merged, and muP's multipliers.
-        tokenizer: its tokenizer; None if it has none.
-        steps: steps of the checkpoints that the parameters are the mean of.
+        params: parameters with LoRA updates and muP's multipliers merged.
+        tokenizer: its tokenizer, or None.
+        steps: steps of the checkpoints whose parameters were averaged.
     """
 
     config: ConfigDict
@@ -198,14 +198,14 @@ class ReadRun:
 
     @property
     def model_type(self) -> str | None:
-        """Architecture of `transformers` that the run was imported from."""
+        """Architecture of `transformers` from which the run was imported."""
         plain = self.plain_tokenizer
         stated = plain.stated(CONFIG) if isinstance(plain, FolderTokenizer) else None
         return (stated or {}).get("model_type")
 
 
 def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun:
-    """Read a run to be exported; arguments as of `export_run`."""
+    """Read a run for export; for arguments see `export_run`."""
     config = resolve(load_run_config(workdir, MERGED_OVERRIDES), "cpu")
     checkpoints = saved_checkpoints(workdir / BEST_FOLDER if best else workdir, log)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
@@ -214,7 +214,7 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     tree = nested(params)
     for name in sorted({*_TRAINING_ONLY} & tree.keys()):
-        log(f"{name}: left out; only training uses it")
+        log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))
     model = make_model(config, "xla", "gather")
     return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)))
@@ -229,7 +229,7 @@ def export_run(
 
     Args:
         workdir: folder of the run.
-        to: folder, empty or not there.
+        to: output folder, empty or not yet existing.
         average: number of newest checkpoints whose parameters are averaged.
         best: export the checkpoint that `--config.eval.best` kept.
         dtype: float32, bfloat16 or float16.
@@ -237,8 +237,8 @@ def export_run(
         quantize: int8 or int4 for the layers' matrices; "" for none.
 
     Raises:
-        UserError: `to` is not empty, or no architecture of `transformers` computes what the model
-            does.
+        UserError: `to` is not empty, or no architecture of `transformers` computes the same
+            function as the model.
     """
     require_empty(to)
     run = read_to_export(workdir, average, best, log)

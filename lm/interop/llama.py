@@ -1,8 +1,8 @@
 """Llama (Touvron et al. 2023) and the families that share its tensor table.
 
 Mistral (Jiang et al. 2023) adds sliding-window attention, Mixtral (Jiang et al. 2024) experts,
-Qwen2 (Yang et al. 2024) query, key and value biases, Qwen3 (Yang et al. 2025) QK-norm. RoPE rotates
-halves of a head on both sides, so that projections need no permutation.
+Qwen2 (Yang et al. 2024) query, key and value biases, Qwen3 (Yang et al. 2025) QK-norm. Both
+libraries' RoPE rotates halves of a head, so that projections need no permutation.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ORIGINAL = "original_max_position_embeddings"
 _SCALINGS: Mapping[str, Mapping[str, str]] = {  # by rope_type
     "default": {},
     "linear": _LINEAR,
-    "dynamic": _LINEAR,  # from max_position_embeddings on
+    "dynamic": _LINEAR,  # relative to max_position_embeddings
     "llama3": _LINEAR
     | {"low_freq_factor": "rope_low_frequency", "high_freq_factor": "rope_high_frequency"}
     | {_ORIGINAL: "rope_original_length"},
@@ -72,21 +72,21 @@ _SCALINGS: Mapping[str, Mapping[str, str]] = {  # by rope_type
 def layer_types(
     n_layers: int, window: int, global_every: int, global_first: bool = False
 ) -> list[str]:
-    """Return `layer_types` of config.json."""
+    """Return `layer_types` for config.json."""
     is_global_N = global_layers(n_layers, window, global_every, global_first)
     return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
 
 
 def config_layer_types(config: TransformerConfig) -> list[str]:
-    """Return `layer_types` of config.json for a TransformerConfig."""
+    """Return `layer_types` for config.json from a TransformerConfig."""
     return layer_types(config.n_layers, config.window, config.global_every, config.global_first)
 
 
 def read_windows(hf: Values, types: Sequence[str]) -> Values:
-    """Return `window`, `global_every` and `global_first` for layers of these types.
+    """Return `window`, `global_every` and `global_first` for these layer types.
 
     Raises:
-        UnsupportedConfig: the types are not every n-th global and the others local.
+        UnsupportedConfig: the global layers are not every n-th.
     """
     window, every, first = 0, 0, False
     if LOCAL in types:
@@ -99,15 +99,15 @@ def read_windows(hf: Values, types: Sequence[str]) -> Values:
 
 
 def is_nope(n_layers: int, nope_every: int) -> list[bool]:
-    """Return the layers without positions."""
+    """Return which layers have no positions."""
     return [nope_every > 0 and (i + 1) % nope_every == 0 for i in range(n_layers)]
 
 
 def read_nope(hf: Values) -> Values:
-    """Read which layers have no positions: `no_rope_layers`, with a 0 for each of them.
+    """Read the layers without positions: the zeros of `no_rope_layers`.
 
     Raises:
-        UnsupportedConfig: they are not each n-th.
+        UnsupportedConfig: they are not every n-th.
     """
     n_layers = read_size(hf, "num_hidden_layers")
     every = read_size({"no_rope_layer_interval": 4} | hf, "no_rope_layer_interval")
@@ -126,8 +126,8 @@ def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None)
 
     Args:
         hf: config.json.
-        theta: theta where it is missing.
-        partial: part of a head that is rotated, where that is missing; None: always the whole.
+        theta: default theta.
+        partial: default fraction of a head that is rotated; None: always all of it.
     """
     rope = hf.get("rope_scaling") or hf.get("rope_parameters")  # as in transformers
     rope = {} if rope is None else rope
@@ -176,7 +176,7 @@ def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None)
 
 
 def _attention_factor(rope: Values) -> float:
-    """Return `rope_attention_factor` of YaRN or LongRoPE; 0 where it follows from the factor."""
+    """Return `rope_attention_factor` of YaRN or LongRoPE; 0 if it follows from the factor."""
     if "attention_factor" in rope:
         return positive_number("attention_factor", rope["attention_factor"])
     if not (rope.get("mscale") and rope.get("mscale_all_dim")):
@@ -208,13 +208,13 @@ def write_rope(config: TransformerConfig) -> Values:
 def read_layer_rope(hf: Values, far_theta: float, near_theta: float) -> Values:
     """Read RoPE of global ("far") and local ("near") layers: `rope_parameters` by layer type.
 
-    Older files have `rope_theta` and `rope_scaling` of global layers, `rope_local_base_freq` of
-    local ones.
+    Older files have `rope_theta` and `rope_scaling` for global layers, and `rope_local_base_freq`
+    for local ones.
 
     Args:
         hf: config.json, with `sliding_window` unless no layer is local.
-        far_theta: theta of global layers where it is missing.
-        near_theta: theta of local layers where it is missing.
+        far_theta: default theta of global layers.
+        near_theta: default theta of local layers.
     """
     by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
     if not isinstance(by_type, dict):
@@ -242,7 +242,7 @@ def write_layer_rope(config: TransformerConfig) -> Values:
 
 
 def read_common(hf: Values) -> Values:
-    """Read the settings that all these families share."""
+    """Read the settings shared by all these families."""
     return {
         "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "head_dim": hf.get("head_dim") or 0,
@@ -252,7 +252,7 @@ def read_common(hf: Values) -> Values:
 
 
 def write_common(config: TransformerConfig) -> Values:
-    """Write the settings that all these families share."""
+    """Write the settings shared by all these families."""
     return {
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
@@ -287,7 +287,7 @@ def _write_llama(config: TransformerConfig) -> Values:
 
 
 def one_window(hf: Values, otherwise: int | None) -> Values:
-    """Read the window of all layers; `otherwise` stands for a missing key, null for no window."""
+    """Read the window of all layers; a missing key means `otherwise`, null no window."""
     return {"window": hf.get("sliding_window", otherwise) or 0}
 
 
@@ -295,7 +295,7 @@ def write_one_window(config: TransformerConfig) -> Values:
     """Write the window of all layers.
 
     Raises:
-        UnsupportedConfig: some layers have none.
+        UnsupportedConfig: only some layers have a window.
     """
     if GLOBAL in config_layer_types(config) and config.window:
         raise UnsupportedConfig(f"model.global_every={config.global_every}")
@@ -336,7 +336,7 @@ def _write_mixtral(config: TransformerConfig) -> Values:
 
 
 def _windows(hf: Values) -> Values:
-    """Read Qwen's windows: those of all layers from `max_window_layers` on."""
+    """Read Qwen's windows, which layers from `max_window_layers` on have."""
     n_layers, first = require(hf, "num_hidden_layers"), hf.get("max_window_layers", 28)
     used = hf.get("use_sliding_window", False)
     types = [LOCAL if used and i >= first else GLOBAL for i in range(n_layers)]
@@ -361,7 +361,7 @@ def _write_qwen2(config: TransformerConfig) -> Values:
 
 
 def _read_qwen3(hf: Values) -> Values:
-    # Qwen3Config's default does not follow from d_model.
+    # Qwen3Config's default does not depend on d_model.
     hf = hf | {"head_dim": hf.get("head_dim") or 128}
     biases = "all" if hf.get("attention_bias") else "none"
     return read_decoder(hf) | _windows(hf) | {"attention_bias": biases}
@@ -389,8 +389,8 @@ def decoder(
         read: fields of TransformerConfig from config.json.
         write: values of config.json from a TransformerConfig.
         norms: norm of a block by tensor name.
-        feed_forward: table of the feed-forward sublayer.
-        **fixed: further fields with one value in this family.
+        feed_forward: tensor table of the feed-forward sublayer.
+        **fixed: additional fields with a fixed value in this family.
     """
     always = {
         "norm": "rmsnorm",
@@ -436,7 +436,7 @@ def decoder(
         write=write,
         output="lm_head.weight",
         table="model.embed_tokens.weight",
-        defaults={"max_position_embeddings": 2048},  # Llama 1; RoPE has no longest position
+        defaults={"max_position_embeddings": 2048},  # Llama 1; RoPE has no maximum position
         ignored=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     )
 

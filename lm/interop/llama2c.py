@@ -1,6 +1,6 @@
-"""llama2.c .bin files (Karpathy 2023) of the first version: a Llama in float32.
+"""First-version .bin files of llama2.c (Karpathy 2023): a Llama in float32.
 
-The file holds seven integers, then the tensors, those of all layers one after another. Its RoPE
+The file has seven integers, then the tensors, each for all layers in turn. Its RoPE
 rotates the pairs (2i, 2i+1) of a head: the rows of queries and keys are permuted into halves.
 """
 
@@ -20,7 +20,7 @@ from lm.interop.tensor_mapping import TensorMapping, output_mapping, same_layout
 from lm.models.transformer_config import TransformerConfig
 
 _HEADER = 7 * 4
-_NEWER = 0x616B3432  # the first number of files of later versions
+_NEWER = 0x616B3432  # first number in files of later versions
 
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 
@@ -48,7 +48,7 @@ FAMILY = replace(LLAMA, model_type="llama2.c", base=_mappings)
 
 @dataclass(frozen=True)
 class _Floats(StoredTensor):
-    """Float32 tensor that starts at byte `offset` of the file."""
+    """Float32 tensor starting at byte `offset` of the file."""
 
     offset: int = 0
 
@@ -61,10 +61,10 @@ class _Floats(StoredTensor):
 
 
 def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
-    """Return the configuration and the tensors of a file.
+    """Return the configuration and tensors of a file.
 
     Raises:
-        UserError: the file is of another version or kind, or truncated.
+        UserError: the file has another version or kind, or is truncated.
     """
     size = file.stat().st_size
     numbers = np.fromfile(file, "<i4", count=7)
@@ -75,7 +75,7 @@ def read_bin(file: Path) -> tuple[TransformerConfig, dict[str, StoredTensor]]:
     dim, hidden, n_layers, n_heads, n_kv_heads, signed_vocab, length = map(int, numbers)
     vocab, tied = abs(signed_vocab), signed_vocab > 0
     if dim % n_heads or n_heads % n_kv_heads or dim // n_heads % 2:
-        raise UserError(f"{file}: {dim} numbers of a token and {n_heads} heads don't go together")
+        raise UserError(f"{file}: a width of {dim} is not divisible by {n_heads} heads")
     head_dim = dim // n_heads
     of_layers: dict[str, tuple[int, ...]] = {
         "attention_norm": (dim,),

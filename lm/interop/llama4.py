@@ -1,8 +1,8 @@
 """Text models of Llama 4 (Meta 2025).
 
-Three of four layers attend within chunks and normalize what RoPE rotates; each fourth sees the
-whole text and has no positions. Routers weight the inputs of experts. Files have pairs of
-neighbouring numbers of a head where RoPE here has halves: queries and keys are permuted.
+Three of four layers attend within chunks and normalize what RoPE rotates; each fourth attends to
+the whole text and has no positions. Routers weight the inputs of experts. In files, RoPE rotates
+neighbouring dimensions of a head, here its halves: queries and keys are permuted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FEED_FORWARD = [
 
 
 def _rotated(name: str, path: str) -> list[TensorMapping]:
-    """Map queries or keys: pairs of neighbouring numbers of a head to its halves."""
+    """Map queries or keys, permuting neighbouring dimensions of each head to halves."""
     return [
         TensorMapping(f"{name}.weight", (f"{path}/kernel",), "(H K 2) D", "D H (2 K)"),
         TensorMapping(f"{name}.bias", (f"{path}/bias",), "(H K 2)", "H (2 K)"),
@@ -136,7 +136,7 @@ def _write(config: TransformerConfig) -> Values:
     if c.window and not c.window_chunks:
         raise UnsupportedConfig("model.window_chunks=False")
     types = [_CHUNKED if kind == LOCAL else kind for kind in config_layer_types(c)]
-    # transformers makes the mask of chunks even where no layer has it.
+    # transformers builds the chunk mask even if no layer uses it.
     written = {"attention_chunk_size": c.window or c.max_length, "layer_types": types}
     return (
         write_common(c)

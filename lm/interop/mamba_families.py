@@ -1,7 +1,7 @@
-"""Mamba-2 (Dao and Gu 2024), and Bamba (IBM 2024), in which some layers attend.
+"""Mamba-2 (Dao and Gu 2024), and Bamba (IBM 2024), which also has attention layers.
 
-Files hold the projections of a layer's gate, inputs and steps in one tensor, and the convolutions
-of its inputs in another.
+Files store the projections of a layer's gate, inputs and steps as one tensor, and the convolutions
+of its inputs as another.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INPUTS = {"x": "H M", "B": "G N", "C": "G N"}
 
 
 def _mixer(hf: str) -> list[TensorMapping]:
-    """Return the rows of a layer's mixer, `hf` being its name in files."""
+    """Return the tensor table of a layer's mixer, whose name in files is `hf`."""
     projections = [
         *linear_mappings(f"{hf}.gate", f"{_OURS}/gate", "D", "H M"),
         *linear_mappings(f"{hf}.step", f"{_OURS}/step", "D", "H"),
@@ -66,7 +66,7 @@ def _mixer(hf: str) -> list[TensorMapping]:
 
 
 def _fused(hf: str) -> dict[str, list[str]]:
-    """Return which tensors of `_mixer` a file holds together."""
+    """Return the tensors of `_mixer` that a file stores as one."""
     parts = {
         "in_proj.weight": [f"{part}.weight" for part in ("gate", *_INPUTS, "step")],
         "conv1d.weight": [f"{part}.taps" for part in _INPUTS],
@@ -76,7 +76,7 @@ def _fused(hf: str) -> dict[str, list[str]]:
 
 
 def _read_mixer(hf: Values, names: dict[str, str]) -> Values:
-    """Read the sizes of the mixer, `names` being their fields by the keys of config.json."""
+    """Read the sizes of the mixer; `names` maps keys of config.json to their fields."""
     sizes = {field: read_size(hf, name) for name, field in names.items()}
     if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
         raise UnsupportedConfig(f"config.json: sizes of Mamba-2 that do not fit: {sizes}")
@@ -205,7 +205,7 @@ def _read_bamba(hf: Values) -> Values:
         | read_rope(hf, partial=0.5)
         | found
         | {
-            "rope_fraction": 0.5,  # whatever the file says, as in transformers
+            "rope_fraction": 0.5,  # whatever the file has, as in transformers
             "tie_embeddings": hf.get("tie_word_embeddings", False),
             "attention_layers": tuple(layers),
             "norm_eps": hf.get("rms_norm_eps", 1e-5),

@@ -1,4 +1,4 @@
-"""Model folder of Hugging Face `transformers`, or a .bin file of llama2.c: opened and verified."""
+"""Opening and verification of `transformers` model folders, or a llama2.c .bin file."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ADAPTER = "adapter_config.json"
 
 Params = Any
 
-# Families that are imported and exported, by `model_type`.
+# Families that can be imported and exported, by `model_type`.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -96,13 +96,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """Verified model folder, of which no tensor has been read yet.
+    """Verified model folder; no tensor has been read yet.
 
     Attributes:
         family: family of its `model_type`.
         config: configuration of the model.
         heads: names of its heads.
-        stored: tensors by the names of the family's table.
+        stored: tensors by name in the family's table.
         about: values of config.json.
     """
 
@@ -128,7 +128,7 @@ class ModelFolder:
         return self.family.mappings(self.config, self.parameters, self.heads)
 
     def params(self, mesh: Mesh | None = None) -> Params:
-        """Read the parameters, one tensor at a time, straight into their shards."""
+        """Read the parameters, one tensor at a time, directly into their shards."""
         found = {
             path: load_sharded(
                 (shape := self.parameters[path].shape),
@@ -144,7 +144,7 @@ class ModelFolder:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of the table, by name."""
+        """Shapes of the table's tensors, by name."""
         return {
             name: hf_shape(mapping, self.parameters[mapping.paths[0]].shape)
             for mapping in self.mappings
@@ -152,7 +152,7 @@ class ModelFolder:
         }
 
     def check(self, where: Path) -> None:
-        """Raise UserError for a tensor that is missing, unexpected or of another shape."""
+        """Raise UserError for a tensor that is missing, unexpected or has the wrong shape."""
         expected = self.shapes
         missing = [name for name in expected if name not in self.stored]
         surplus = [name for name in self.stored if name not in expected]
@@ -160,8 +160,8 @@ class ModelFolder:
             raise UserError(f"{where} lacks {_some(missing)} of a {self.family.model_type} model")
         if surplus:
             raise UserError(
-                f"{where} has {_some(surplus)} that a {self.family.model_type} model of this "
-                "config.json has not"
+                f"{where} has {_some(surplus)}, which a {self.family.model_type} model with this "
+                "config.json does not have"
             )
         for name, shape in expected.items():
             self.stored[name].check_weights()
@@ -176,8 +176,8 @@ def open_model_folder(path: Path) -> ModelFolder:
     """Open and verify a folder of `transformers` or a .bin file of llama2.c.
 
     Raises:
-        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected, of
-            another shape or truncated.
+        UserError: the architecture or a setting is unknown, or a tensor is missing, unexpected,
+            truncated or has the wrong shape.
     """
     if path.is_file():
         config, stored = llama2c.read_bin(path)
@@ -186,14 +186,14 @@ def open_model_folder(path: Path) -> ModelFolder:
         return found
     if (path / ADAPTER).exists():
         raise UserError(
-            f"{path} holds an adapter of another model ({ADAPTER}), which is not supported: save "
+            f"{path} contains an adapter of a model ({ADAPTER}), which is not supported: save "
             "the model with the adapter merged into it"
         )
     about = _read_config(path)
     kind = about.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(
-            f"{path}: unknown architecture model_type={kind}; known are {', '.join(FAMILIES)}"
+            f"{path}: unknown architecture model_type={kind}; known: {', '.join(FAMILIES)}"
         )
     family = FAMILIES[kind]
     try:
@@ -222,7 +222,7 @@ def open_model_folder(path: Path) -> ModelFolder:
             if mapping.paths == ("classifier/kernel",) and mapping.name in stored:
                 config = replace(config, n_classes=stored[mapping.name].shape[0])
     if any(family.heads[name].replaces_output for name in heads):
-        config = replace(config, tie_embeddings=True)  # there is no output projection to tie
+        config = replace(config, tie_embeddings=True)  # there is no output projection to tie to
     tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)
@@ -244,7 +244,7 @@ def _read_config(folder: Path) -> Values:
 
 
 def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Rename tensors of bare models and of old versions to the names of the table."""
+    """Rename tensors of bare models and old versions to the names in the table."""
     bare = not any(name.startswith(family.prefix) for name in stored)
     of_heads = {m.name for head in family.heads.values() for m in head.mappings}
     found = {}
@@ -261,7 +261,7 @@ def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[s
 def _without_further(
     about: Values, config: TransformerConfig, stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Drop the layers after the last one, which predict tokens beyond the next (DeepSeek-V3)."""
+    """Drop the extra layers at the end, which predict tokens beyond the next (DeepSeek-V3)."""
     n_further = about.get("num_nextn_predict_layers")
     if not isinstance(n_further, int):
         return dict(stored)
@@ -309,7 +309,7 @@ def _check_further_files(path: Path, family: Family, config: TransformerConfig) 
 
 
 def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bool:
-    """Return whether a tensor is absent or equal to another; read block by block."""
+    """Return whether a tensor is absent or equals another one, reading block by block."""
     if copy not in stored or original not in stored:
         return True
     a, b = stored[copy], stored[original]
@@ -328,7 +328,7 @@ def _without_copies(
 ) -> dict[str, StoredTensor]:
     """Drop the tensors that repeat others.
 
-    In an encoder with an untied output layer the copy of the bias is the one in use.
+    In an encoder with an untied output layer the copied bias is the one in use.
     """
     found = dict(stored)
     if tied:
@@ -341,12 +341,12 @@ def _without_copies(
         elif _repeats(found, copy, original):
             del found[copy]
         else:
-            raise UserError(f"{path}: {copy} is not equal to {original}, which it repeats")
+            raise UserError(f"{path}: {copy} differs from {original}, which it should repeat")
     return found
 
 
 def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None:
-    """Raise UserError for layers, or experts in them, of which most have no tensor in a file."""
+    """Raise UserError for many layers, or experts in them, with few tensors in the file."""
     n_layers = config.n_layers + config.n_decoder_layers
 
     def counts() -> Iterator[tuple[int, str]]:
@@ -361,15 +361,15 @@ def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None
             )
     if config.n_experts and config.experts_per_token > config.n_experts:
         raise UserError(
-            f"{path}: config.json has {config.n_experts} experts, of which a token cannot use "
-            f"{config.experts_per_token}"
+            f"{path}: config.json has {config.n_experts} experts, but {config.experts_per_token} "
+            "per token"
         )
 
 
 def _check_unscaled(path: Path, config: TransformerConfig) -> None:
     if config.scale_logits:
         raise UserError(
-            f"{path}: an output matrix of its own with scaled logits is not supported; "
+            f"{path}: an untied output matrix with scaled logits is not supported; "
             "T5 1.1 has tie_word_embeddings=false in config.json"
         )
 

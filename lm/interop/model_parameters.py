@@ -22,7 +22,7 @@ from lm.models.model_state import state_axes
 from lm.models.variables import MODEL_STATE, flat, param_infos
 from lm.parallel.mesh import parameter_sharding
 
-_ALIGNMENT = 64  # bytes: alignment at which JAX uses a NumPy array on a CPU without a copy
+_ALIGNMENT = 64  # bytes; aligned like this, JAX uses a NumPy array on CPU without a copy
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ParameterSpec:
     axes: tuple[str, ...]
 
     def sharding(self, mesh: Mesh | None) -> Sharding:
-        """Return the sharding of training on a mesh; without one, the first device."""
+        """Return the sharding for training on a mesh, or the first device without one."""
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
         return parameter_sharding(mesh, self.axes, self.shape)
@@ -42,7 +42,7 @@ class ParameterSpec:
 def parameter_specs(
     family: Family, model: nn.Module, heads: frozenset[str]
 ) -> dict[str, ParameterSpec]:
-    """Return the parameters of the stack and of the named heads, and model state, by path."""
+    """Return the parameters of the stack and the named heads, and model state, by path."""
     variables = jax.eval_shape(lambda: initialize(model))
     boxed, boxed_state = variables["params"], variables.get(MODEL_STATE, {})
     infos = param_infos(boxed)
@@ -62,7 +62,7 @@ def parameter_specs(
 
 
 def initialize(model: nn.Module) -> Any:
-    """Initialize a model with all of its heads; traced for their shapes, roles and axes."""
+    """Initialize a model with all of its heads, to be traced for shapes, roles and axes."""
     tokens_BL = jnp.zeros((1, 1), jnp.int32)
     key = jax.random.key(0)
     if isinstance(model, EncoderDecoder):
@@ -91,11 +91,11 @@ def zeros(shape: Shape, sharding: Sharding) -> jax.Array:
 
 
 def load_sharded(shape: Shape, sharding: Sharding, blocks: Iterable[Block]) -> jax.Array:
-    """Assemble a sharded float32 array from blocks, without a whole copy on the host.
+    """Assemble a sharded float32 array from blocks, without a full copy on the host.
 
     Args:
         shape: global shape.
-        sharding: where the shards go.
+        sharding: target sharding.
         blocks: start indices and values; each block is read once and copied to the local shards
             that it overlaps.
     """

@@ -1,7 +1,7 @@
-"""ModernBERT (Warner et al. 2024), bare or with the head of masked words.
+"""ModernBERT (Warner et al. 2024), bare or with the masked-word head.
 
-Queries, keys and values are one matrix of a file, and so are the two input projections of the gated
-feed-forward; the activated one is first.
+Files store queries, keys and values as one matrix, and so the two input projections of the gated
+feed-forward, with the activated one first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MASKED, _LAYERS, _LAYER = "masked", "stack/layers", "model.layers.{}"
 
 
 def _fused(name: str, paths: list[str], n_out: str) -> list[TensorMapping]:
-    """Map a PyTorch linear layer that holds several of ours, one after the other."""
+    """Map a PyTorch linear layer that concatenates several of ours."""
     kernels, biases = (tuple(f"{_LAYERS}/{p}/{leaf}" for p in paths) for leaf in ("kernel", "bias"))
     return [
         TensorMapping(f"{_LAYER}.{name}.weight", kernels, f"(P {n_out}) D", f"D {n_out}"),
@@ -100,7 +100,7 @@ def _write(config: TransformerConfig) -> Values:
         raise UnsupportedConfig(f"model.window={config.window}")
     rope = write_layer_rope(config)
     return {
-        **dict.fromkeys(_SPECIAL_IDS),  # their defaults are those of one vocabulary
+        **dict.fromkeys(_SPECIAL_IDS),  # the defaults belong to one particular vocabulary
         "rope_parameters": rope["rope_parameters"],
         "layer_types": config_layer_types(config),
         "local_attention": config.window or 128,

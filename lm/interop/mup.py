@@ -1,8 +1,8 @@
-"""Parameters of a muP model as those of a plain one that computes the same.
+"""Conversion of a muP model to a plain one that computes the same function.
 
-muP's multipliers (Yang et al. 2022, Table 8) go into the parameters beside them: into output layers
+muP's multipliers (Yang et al. 2022, Table 8) are folded into adjacent parameters: output layers
 and routers, the queries' projections or norms, and, where the output matrix is the token table, the
-norm in front of it.
+norm before it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lm.models.variables import Kind, ParamInfo, Params, flat, nested, param_inf
 
 
 def without_mup(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]:
-    """Return configuration and parameters of the plain model that computes the same.
+    """Return configuration and parameters of the plain model that computes the same function.
 
     Args:
         config: resolved configuration.
         params: its parameters, LoRA merged.
 
     Raises:
-        UserError: a multiplier has no parameter beside it.
+        UserError: a multiplier has no adjacent parameter.
     """
     if not config.model.mup_base_width:
         return config, params
@@ -45,11 +45,11 @@ def without_mup(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]
 
 
 def _factors(c: TransformerConfig, infos: dict[str, ParamInfo]) -> Iterator[tuple[str, float]]:
-    """Yield the paths of parameters that take up a multiplier, and the factor."""
+    """Yield the paths of parameters that absorb a multiplier, and the factor."""
     table = c.width_ratio**-0.5 if c.scale_embeddings else 1.0
     heads = 1 / c.width_ratio
     kinds = {path: info.role.kind for path, info in infos.items()}
-    transform = [path for path in infos if path.startswith("transform_norm/")]  # of an encoder
+    transform = [path for path in infos if path.startswith("transform_norm/")]  # in an encoder
     before_output = transform or [path for path in infos if _is_last_norm(path)]
     of_states = heads  # of output layers that read the norm before the output matrix
     if c.tie_embeddings:

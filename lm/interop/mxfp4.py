@@ -1,8 +1,8 @@
 """Experts' weights in MXFP4 (Open Compute Project 2023), as gpt-oss was released.
 
-`NAME_blocks`, [E, outputs, inputs / 32, 16] bytes, holds two numbers of 4 bits (E2M1) a byte, the
-lower half first; `NAME_scales`, [E, outputs, inputs / 32] bytes, the power of two, plus 127, that
-32 of them are multiplied by. The weight NAME is [E, inputs, outputs].
+`NAME_blocks`, [E, outputs, inputs / 32, 16] bytes, has two 4-bit numbers (E2M1) per byte, the
+lower half first; `NAME_scales`, [E, outputs, inputs / 32] bytes, has the exponent, plus 127, of the
+power of two that scales 32 of them. The weight NAME is [E, inputs, outputs].
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lm.interop.tensor_files import StoredTensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _POSITIVE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-VALUES = np.concatenate([_POSITIVE, -_POSITIVE])  # of each four bits
-_BIAS, _NAN = 127, 255  # of the scales
+VALUES = np.concatenate([_POSITIVE, -_POSITIVE])  # for each four-bit code
+_BIAS, _NAN = 127, 255  # in scales
 
 
 @dataclass(frozen=True)
 class _BlockTensor(StoredTensor):
-    """Weight in MXFP4 that is read as float32."""
+    """MXFP4 weight that is read as float32."""
 
     blocks: StoredTensor | None = None
     scales: StoredTensor | None = None
@@ -48,11 +48,11 @@ class _BlockTensor(StoredTensor):
 def mxfp4_weights(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """Return the tensors of a folder, weights in MXFP4 to be read as float32.
+    """Return the tensors of a folder, with MXFP4 weights read as float32.
 
     Args:
         path: folder, for messages.
-        config: its `quantization_config`; names of tensors say all that is needed.
+        config: its `quantization_config`, unused: tensor names contain all information.
         stored: its tensors by name.
 
     Raises:
@@ -73,7 +73,7 @@ def mxfp4_weights(
             parts = shape, None if scales is None else scales.shape
             raise UserError(f"{path}: blocks and scales of {weight} do not match: {parts}")
         if (blocks.type, scales.type) != ("U8", "U8"):
-            raise UserError(f"{path}: blocks and scales of {weight} are no bytes")
+            raise UserError(f"{path}: blocks and scales of {weight} are not bytes")
         n_experts, n_out, n_blocks, _ = shape
         whole = (n_experts, 32 * n_blocks, n_out)
         found[weight] = _BlockTensor(weight, blocks.file, whole, blocks=blocks, scales=scales)

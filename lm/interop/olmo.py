@@ -1,7 +1,7 @@
 """OLMo 2 (OLMo Team 2024), OLMo 3 (2025) and OLMoE (Muennighoff et al. 2024).
 
-All normalize queries and keys over all heads together. OLMo 2 normalizes the outputs of sublayers
-instead of their inputs; OLMo 3 adds sliding windows, with RoPE that is not scaled in local layers;
+All normalize queries and keys jointly over all heads. OLMo 2 normalizes the outputs of sublayers
+instead of their inputs; OLMo 3 adds sliding windows, with unscaled RoPE in local layers;
 OLMoE is a Llama with experts.
 """
 

@@ -1,7 +1,7 @@
 """Mixtures of experts of Qwen2 (Yang et al. 2024) and Qwen3 (Yang et al. 2025).
 
-Experts have a width of their own. Qwen2-MoE adds an expert that every token uses, with a sigmoid
-gate. Some layers may be plain.
+Experts have their own width. Qwen2-MoE adds a shared expert, used by every token, with a sigmoid
+gate. Some layers may be dense.
 """
 
 from __future__ import annotations
@@ -68,18 +68,18 @@ def write_experts(config: TransformerConfig) -> Values:
 
 
 def sparse_layers(config: TransformerConfig) -> list[bool]:
-    """Return the layers that have experts."""
+    """Return which layers have experts."""
     return [kind.feed_forward == "experts" for kind in config.layer_types(config.n_layers)]
 
 
 def read_sparse_layers(is_sparse: list[bool]) -> Values:
-    """Return `dense_layers` and `experts_every`; nothing where no layer has experts.
+    """Return `dense_layers` and `experts_every`, or nothing if no layer has experts.
 
     Args:
-        is_sparse: the layers that have experts.
+        is_sparse: which layers have experts.
 
     Raises:
-        UnsupportedConfig: they are not each n-th of the last.
+        UnsupportedConfig: they are not every n-th of the last layers.
     """
     numbers = [i for i, sparse in enumerate(is_sparse) if sparse]
     if not numbers:

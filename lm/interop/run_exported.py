@@ -1,4 +1,4 @@
-"""Run what `lm export --format stablehlo` wrote: needs jax, numpy and safetensors, and no lm.
+"""Run the output of `lm export --format stablehlo` with jax, numpy and safetensors, without lm.
 
     python run.py --prompt "Once upon a time" [--max_new_tokens 50]     # needs tokenizers too
     python run.py --tokens 1 17 42                                      # ids in, ids out
@@ -9,10 +9,10 @@
     model.generate([[1, 17, 42], [1, 5]], max_new_tokens=50)            # greedy, one list a row
     model.call("encode", tokens=…, segments=…, types=…)                 # int32 [batch, length] each
 
-`segments` is 1 for tokens and 0 for padding, which stands before prompts (so that the last column
-is the last token of each row) and after sources and texts; `types` is 0, or 1 for a second text.
+`segments` is 1 for tokens and 0 for padding, which comes before prompts (so that the last column
+has the last token of each row) and after sources and texts; `types` is 0, or 1 for a second text.
 The weights are in model.safetensors; manifest.json has the inputs and outputs of each program, the
-ids that go before and after a text, and those that end one. One device runs it.
+ids to add before and after a text, and those that end one. It runs on one device.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Exported:
             self._programs[name] = jax.jit(exported.call, donate_argnums=donated)
 
     def call(self, name: str, **arrays: Any) -> dict[str, Any]:
-        """Run a program; the outputs are those that the manifest lists."""
+        """Run a program; the manifest lists its outputs."""
         rows = self.about["programs"][name]["inputs"]
         order = dict.fromkeys(row[0].partition("/")[0] for row in rows)
         return self._programs[name](self._weights, *(arrays[name] for name in order))
@@ -74,7 +74,7 @@ class Exported:
         if isinstance(fixed_batch, int):
             n = fixed_batch
         if len(rows) > n or longest > length or not min(map(len, rows)):
-            raise ValueError(f"rows of 1 to {length} tokens, at most {n} of them")
+            raise ValueError(f"rows must have 1 to {length} tokens, and there must be at most {n}")
         tokens, segments = np.zeros((2, n, length), np.int32)
         for i, row in enumerate([*rows, *[rows[-1]] * (n - len(rows))]):
             place = slice(length - len(row), length) if self.pads_left else slice(0, len(row))
@@ -82,7 +82,7 @@ class Exported:
         return {"tokens": tokens, "segments": segments, "types": np.zeros_like(tokens)}
 
     def generate(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """Return the most likely next tokens of each prompt or source, up to an end token."""
+        """Return greedily generated tokens for each prompt or source, up to an end token."""
         batch = self.batch(rows)
         used = batch["tokens"].shape[1] if self.pads_left else 0
         most = min(max_new_tokens, self.about["context"] - used)
@@ -105,14 +105,14 @@ class Exported:
 
 
 def _main() -> None:
-    """Run a program on one text, and print what it returns."""
+    """Run a program on one text, and print its output."""
     parser = argparse.ArgumentParser(description="Run an exported model.")
     parser.add_argument("--folder", default=Path(__file__).parent, type=Path)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", metavar="TEXT", help="needs the package tokenizers")
     text.add_argument("--tokens", type=int, nargs="+", metavar="ID")
     parser.add_argument("--max_new_tokens", type=int, default=50)
-    parser.add_argument("--program", help="one to call on the text instead of generating")
+    parser.add_argument("--program", help="program to run on the text instead of generating")
     args = parser.parse_args()
     model, ids = Exported(args.folder), args.tokens
     if args.prompt is not None:

@@ -1,9 +1,9 @@
 """Families that differ from Llama in a few settings: SmolLM3, Granite, Phi-3 and StableLM.
 
-SmolLM3 (Hugging Face 2025) leaves positions out of every fourth layer, Granite (IBM 2024)
-multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024) keep queries,
-keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of a head and has
-LayerNorm.
+SmolLM3 (Hugging Face 2025) has no positions in every fourth layer, Granite (IBM 2024)
+multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024) store queries,
+keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of each head and
+uses LayerNorm.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lm.interop.llama import (
 from lm.models.transformer_config import TransformerConfig
 
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
-_NO_PADDING = {"pad_token_id": None}  # else the published models', which may be beyond the table
+_NO_PADDING = {"pad_token_id": None}  # the published default may be beyond the table
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_multiplier",
     "residual_multiplier": "residual_multiplier",
@@ -91,7 +91,7 @@ def _write_granite(config: TransformerConfig) -> Values:
 
 
 def _read_phi3(hf: Values) -> Values:
-    """Read Phi-3; "su" and "yarn" are older names of its scaled positions."""
+    """Read Phi-3; "su" and "yarn" are older names of its position scaling."""
     hf, name = dict(hf), "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(name)
     if isinstance(rope, dict):
@@ -117,7 +117,7 @@ def _write_phi3(config: TransformerConfig) -> Values:
     if c.rope_scaling not in ("none", "longrope"):
         raise UnsupportedConfig(f"model.rope_scaling={c.rope_scaling}")
     if c.head_dim * c.n_heads != c.d_model and c.rope_scaling != "none":
-        raise UnsupportedConfig(f"model.head_dim={c.head_dim}")  # Phi3Config refuses its factors
+        raise UnsupportedConfig(f"model.head_dim={c.head_dim}")  # Phi3Config rejects its factors
     lengths = {"original_max_position_embeddings": c.rope_original_length}
     return (
         write_decoder(c)

@@ -1,10 +1,10 @@
-"""Export of a run as StableHLO programs, which run in any process with JAX and without `lm`.
+"""Export of a run as StableHLO programs, which run in any process with JAX but without `lm`.
 
-A program is a pure function of the weights and of arrays, lowered by `jax.export` for the named
+A program is a pure function of the weights and input arrays, lowered by `jax.export` for the named
 platforms and one device. A generator has two: `prefill` reads prompts, or the sources of an
-encoder–decoder, and `decode` one more token of each row. Encoders have `encode` and `logits`, and
-what classifies, tags or answers has `predict`. lm/interop/run_exported.py, which is written beside
-them, runs them.
+encoder–decoder, and `decode` adds one token to each row. Encoders have `encode` and `logits`;
+classifiers, taggers and question answerers have `predict`. lm/interop/run_exported.py, which is
+written next to them, runs them.
 
 Shape letters: B batch, L length, D model, V vocabulary.
 """
@@ -55,14 +55,14 @@ _TEXT = ("tokens", "segments", "types")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the arrays that exported programs take.
+    """Array sizes of exported programs.
 
     Attributes:
-        platforms: platforms that they are lowered for.
+        platforms: platforms to lower for.
         batch: rows, B; None: any number.
         length: length of prompts, sources and texts, L; None: any.
-        context: most tokens of a prompt and its continuation together, or of a target; None: those
-            that the model has positions for, or else `data.sequence_length`.
+        context: maximum length of a prompt with its continuation, or of a target; None: the number
+            of positions of the model, or else `data.sequence_length`.
     """
 
     platforms: tuple[str, ...] = PLATFORMS[:3]
@@ -75,7 +75,7 @@ class Sizes:
             if name not in PLATFORMS:
                 raise UserError(
                     f"--platforms: unknown platform {name!r}{nearest(name, PLATFORMS)}; "
-                    f"known are {', '.join(PLATFORMS)}"
+                    f"known: {', '.join(PLATFORMS)}"
                 )
 
     def inputs(self) -> dict[str, Any]:
@@ -95,11 +95,11 @@ def export_programs(
     best: bool,
     log: Log,
 ) -> None:
-    """Write a run as StableHLO programs, weights, a manifest and what runs them.
+    """Write a run as StableHLO programs, weights, a manifest and a script that runs them.
 
     Args:
         workdir: folder of the run.
-        to: folder, empty or not there.
+        to: output folder, empty or not yet existing.
         sizes: platforms and shapes.
         overrides: configuration keys, such as `decode.weights`.
         average: number of newest checkpoints whose parameters are averaged.
@@ -107,7 +107,7 @@ def export_programs(
         log: receives the lines for the user.
 
     Raises:
-        UserError: `to` is not empty, or there is no program of a run of this kind.
+        UserError: `to` is not empty, or this kind of run has no programs.
     """
     require_empty(to)
     if find_spec("flatbuffers") is None:
@@ -187,8 +187,8 @@ def _programs(experiment: Experiment, params: Params, sizes: Sizes) -> dict[str,
 def _generator(experiment: Experiment, model: nn.Module, sizes: Sizes) -> dict[str, Program]:
     """Return the programs `prefill` and `decode`.
 
-    The cache passes between them as a list of arrays, the first of which counts the tokens of
-    each row.
+    The cache is passed between them as a list of arrays, the first of which has the number of
+    tokens in each row.
     """
     require_text_input(model, "export of programs")
     context = _context(experiment, sizes)
@@ -225,7 +225,7 @@ def _generator(experiment: Experiment, model: nn.Module, sizes: Sizes) -> dict[s
 
 
 def _context(experiment: Experiment, sizes: Sizes) -> int:
-    """Return the length of the cache; UserError if the model has fewer positions."""
+    """Return the length of the cache; raise UserError if the model has fewer positions."""
     most = context_length(experiment.model)
     context = sizes.context or most or experiment.config.data.sequence_length
     if most and context > most:
@@ -236,14 +236,14 @@ def _context(experiment: Experiment, sizes: Sizes) -> int:
 
 
 def _longest(experiment: Experiment, programs: Iterable[str], sizes: Sizes) -> int | None:
-    """Return the most tokens of a prompt, a source or a text; None: any number."""
+    """Return the maximum number of tokens of a prompt, source or text; None: any."""
     if "decode" in programs and not is_encoder_decoder(experiment.model):
         return _context(experiment, sizes)
     return context_length(experiment.model)
 
 
 def _by_name(params: Params) -> dict[str, jax.Array]:
-    """Return the arrays of prepared parameters by path, those of an int8 kernel by part too."""
+    """Return the arrays of prepared parameters by path, int8 kernels as separate parts."""
     found = jax.tree_util.tree_leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in found}
 
@@ -251,16 +251,16 @@ def _by_name(params: Params) -> dict[str, jax.Array]:
 def _lower(
     programs: Mapping[str, Program], params: Params, sizes: Sizes, longest: int | None
 ) -> dict[str, jax.export.Exported]:
-    """Lower programs, which take the weights as a dict by name; `decode` the cache of `prefill`.
+    """Lower programs, which take the weights as a dict by name; `decode` takes `prefill`'s cache.
 
     Args:
         programs: programs by name.
         params: prepared parameters.
         sizes: platforms and shapes.
-        longest: most tokens of a prompt; None: any number.
+        longest: maximum number of tokens of a prompt; None: any.
 
     Raises:
-        UserError: JAX cannot lower one without given sizes.
+        UserError: JAX cannot lower a program without fixed sizes.
     """
     treedef, weights = jax.tree.structure(params), _by_name(params)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
@@ -285,7 +285,7 @@ def _lower(
 
 
 def _scoped(inputs: Sequence[Any], longest: int | None) -> Any:
-    """Return inputs of a program whose `length`, if it is symbolic and there, is limited."""
+    """Limit the `length` of a program's inputs, if it is symbolic."""
     sizes = {str(n) for x in jax.tree.leaves(inputs) for n in x.shape if not isinstance(n, int)}
     limits = [f"length <= {longest}"] if longest and any("length" in n for n in sizes) else []
     scope = jax.export.SymbolicScope(limits)
@@ -300,7 +300,7 @@ def _scoped(inputs: Sequence[Any], longest: int | None) -> Any:
 def _manifest(
     experiment: Experiment, sizes: Sizes, step: int, exported: Mapping[str, jax.export.Exported]
 ) -> dict[str, Any]:
-    """Return what a process without `lm` needs to know."""
+    """Return the information for processes without `lm`."""
     tokenizer, config = experiment.tokenizer, experiment.config
     about: dict[str, Any] = {
         "format": run_exported.FORMAT,
@@ -329,9 +329,9 @@ def _manifest(
 
 
 def _signature(names: Sequence[str], program: jax.export.Exported) -> dict[str, Any]:
-    """Return the inputs beside the weights, and the outputs, each [name, dtype, *shape].
+    """Return the inputs besides the weights, and the outputs, each as [name, dtype, *shape].
 
-    A size that is not fixed is its name; a cache has an entry for each of its arrays.
+    Symbolic sizes are given by name; a cache has an entry for each of its arrays.
     """
 
     def rows(tree: Any) -> list[list[Any]]:

@@ -1,8 +1,8 @@
 """T5 (Raffel et al. 2020), T5 1.1 (Shazeer 2020) and mT5 (Xue et al. 2021).
 
-All layers of a stack share the relative position bias, stored in the first layer. T5 1.1 differs
-in config.json by `tie_word_embeddings: false` only, which since transformers 5 means unscaled
-logits; whether the embeddings are tied follows from the tensors of the file. mT5 never scales them.
+All layers of a stack share the relative position bias, stored in the first layer. In config.json
+T5 1.1 differs only by `tie_word_embeddings: false`, which since transformers 5 means unscaled
+logits; the tensors of the file determine whether the embeddings are tied. mT5 never scales logits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _attention(name: str, path: str) -> list[TensorMapping]:
 
 
 def _stack(stack: str, feed_forward: int, gated: bool) -> list[TensorMapping]:
-    """Map the tensors of "encoder" or "decoder", whose sublayers are numbered."""
+    """Map the tensors of "encoder" or "decoder", whose sublayers have numbers."""
     path, block = f"{stack}/layers", f"{stack}.block.{{}}.layer"
     first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     dense = f"{block}.{feed_forward}.DenseReluDense"
@@ -129,7 +129,7 @@ T5 = Family(
         "decoder.embed_tokens.weight": "shared.weight",
     },
     in_file=["tie_embeddings"],
-    # The released files of 1.0 hold this table, which no model reads.
+    # The released files of 1.0 contain this table, which no model uses.
     ignored=[
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
     ],

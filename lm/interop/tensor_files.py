@@ -27,7 +27,7 @@ FLOATS = {
     "float16": np.dtype(np.float16),
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-LARGEST_FILE = 2_000_000_000  # bytes; the tensors of a file are in memory while it is written
+LARGEST_FILE = 2_000_000_000  # bytes; a file's tensors are in memory while it is written
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StoredTensor:
     type: str = "F32"
 
     def check_weights(self) -> None:
-        """Raise UserError if the tensor holds no floats, as all weights do."""
+        """Raise UserError if the tensor does not have floats, like all weights."""
         if self.type not in _FLOAT_TYPES:
             raise UserError(
                 f"{self.file}: {self.name} has the type {self.type}, but weights are floats "
@@ -53,16 +53,16 @@ class StoredTensor:
         return self.require_finite(values)
 
     def stored_rows(self, start: int, stop: int) -> np.ndarray:
-        """Read the rows start … stop - 1 in the type that they are stored in."""
-        # Opened each time: what was read of a mapped file stays in memory until it is closed.
+        """Read the rows start … stop - 1 in their stored type."""
+        # Opened each time: what was read from a mapped file stays in memory until it is closed.
         with _open_file(self.file) as tensors:
             return tensors.get_slice(self.name)[start:stop]
 
     def require_finite(self, values: np.ndarray) -> np.ndarray:
         """Return the values; UserError if one is NaN or infinite."""
-        # The sum is finite if all are; it is faster than a test of each.
+        # The sum is finite if all values are; this is faster than testing each.
         if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
-            raise UserError(f"{self.file}: {self.name} holds NaN or infinite numbers")
+            raise UserError(f"{self.file}: {self.name} contains NaN or infinite numbers")
         return values
 
 
@@ -72,7 +72,7 @@ def _open_file(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="np") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise UserError(f"{file} is truncated or no safetensors file: {error}") from error
+        raise UserError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -81,7 +81,7 @@ def read_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: a file or tensor is missing, damaged or truncated.
     """
-    # As in transformers: an index beside a single file is left over from an older save.
+    # As in transformers: an index next to a single file is left over from an older save.
     if (folder / SINGLE).is_file():
         return read_tensor_file(folder / SINGLE)
     if (folder / INDEX).is_file():
@@ -126,7 +126,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """Tensor to be written; `values()` computes it when its file is written."""
+    """Tensor to be written; `values()` computes it only when its file is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -142,7 +142,7 @@ def write_tensors(
         folder: existing folder.
         tensors: tensors in any order.
         dtype: one of `FLOATS`.
-        largest: bytes of a file, unless a single tensor is larger.
+        largest: maximum bytes of a file, unless a single tensor is larger.
     """
     kind = FLOATS[dtype]
     parts: list[list[PendingTensor]] = [[]]

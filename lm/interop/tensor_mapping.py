@@ -1,11 +1,11 @@
-"""Tensor mapping: a table row that maps a Hugging Face tensor to parameters, in both directions.
+"""Tensor mapping: a table row relating a Hugging Face tensor to parameters, both ways.
 
 A layout writes the dimensions of an array as letters: "(H K) D" is a matrix whose rows are heads
-times head dimensions. Both layouts of a row have the same letters, from which reshape and transpose
-follow. A number is a dimension of that size, and 1 may lack in the second; P counts the parameters
-that are stored in one tensor. Tensor names have "{}" for the number of a layer, and of an expert
-within it; parameters are stacked on as many leading axes. A stack of layers that differ has several
-parameters for a tensor name, each of some layers (`of_segments`).
+times head dimensions. Both layouts of a row have the same letters, which determine reshape and
+transpose. A number is a dimension of that size, and a 1 may be missing in the second; P counts the
+parameters that are stored in one tensor. Tensor names have "{}" for the layer number, and for the
+expert within it; parameters are stacked on the same number of leading axes. A stack of layers that
+differ has several parameters for a tensor name, each for some of the layers (`of_segments`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lm.models.transformer_config import Segment
 Shape = tuple[int, ...]
 Block = tuple[Shape, np.ndarray]  # start indices in the parameter, and values
 
-BLOCK_BYTES = 16_000_000  # read at once
+BLOCK_BYTES = 16_000_000  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class TensorMapping:
 
     Attributes:
         name: name of the tensor; "{}" stands for the layer, a second one for the expert.
-        paths: parameters that the tensor holds.
-        hf_layout: layout of the tensor; "" where it equals the parameter's.
+        paths: parameters stored in the tensor.
+        hf_layout: layout of the tensor; "" if it equals the parameter's.
         lm_layout: layout of each parameter, without the stacked leading axes.
-        layers: numbers of the layers that are stacked; (): 0, 1, ….
+        layers: numbers of the stacked layers; (): 0, 1, ….
     """
 
     name: str
@@ -45,7 +45,7 @@ class TensorMapping:
 
     @property
     def n_stacked_axes(self) -> int:
-        """Number of leading axes that are unstacked into per-layer tensor names."""
+        """Number of leading axes that are unstacked into tensor names."""
         return self.name.count("{}")
 
     def tensor_name(self, index: Sequence[int]) -> str:
@@ -56,7 +56,7 @@ class TensorMapping:
 
 
 def same_layout(name: str, path: str) -> TensorMapping:
-    """Map a tensor whose layout equals the parameter's."""
+    """Map a tensor with the same layout as the parameter."""
     return TensorMapping(name, (path,))
 
 
@@ -71,25 +71,25 @@ def linear_mappings(name: str, path: str, n_in: str = "I", n_out: str = "O") -> 
 
 
 def norm_mappings(name: str, path: str) -> list[TensorMapping]:
-    """Map the scale and, if it has one, the bias of a normalization layer."""
+    """Map the scale and, if present, the bias of a normalization layer."""
     weight, bias = f"{name}.weight", f"{name}.bias"
     return [same_layout(weight, f"{path}/scale"), same_layout(bias, f"{path}/bias")]
 
 
 def output_mapping(name: str) -> TensorMapping:
-    """Map the output projection of untied embeddings."""
+    """Map the output projection used with untied embeddings."""
     return TensorMapping(name, ("head/kernel",), "V D", "D V")
 
 
 def of_segments(
     mappings: Iterable[TensorMapping], parts: Sequence[Segment], stack: str
 ) -> list[TensorMapping]:
-    """Repeat the rows of a stack's layers for each parameter that holds some of the layers.
+    """Repeat a stack's layer rows for each parameter that holds some of the layers.
 
     Args:
         mappings: rows of the table, those of layers as if all were alike.
         parts: segments of the stack.
-        stack: path of the stack; rows of other paths stay.
+        stack: path of the stack; rows of other paths are unchanged.
     """
     layers, found = f"{stack}/layers/", []
     for mapping in mappings:
@@ -134,7 +134,7 @@ class _Layouts:
 
     @classmethod
     def of(cls, mapping: TensorMapping, shape: Shape) -> _Layouts:
-        """Infer the sizes from the shape of the parameter of a single layer."""
+        """Infer the sizes from the shape of a single layer's parameter."""
         letters = [[chr(ord("a") + i)] for i in range(len(shape))]
         layouts = mapping.hf_layout, mapping.lm_layout
         hf, lm = (_axes(layout) if layout else letters for layout in layouts)
@@ -178,7 +178,7 @@ class _Layouts:
             yield tuple(starts), x
 
     def write(self, params: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the tensor that holds these parameters."""
+        """Return the tensor that contains these parameters."""
         order = [letter for axis in self.lm for letter in axis]
         split = [param.reshape([self.sizes[letter] for letter in order]) for param in params]
         letters = [letter for axis in self.hf for letter in axis if letter != "1"]
@@ -188,7 +188,7 @@ class _Layouts:
 
 
 def tensor_names(mapping: TensorMapping, shape: Shape) -> list[str]:
-    """Return the names of a mapping's tensors: one a layer, or one an expert of a layer.
+    """Return the names of a mapping's tensors: one per layer, or per expert of a layer.
 
     Args:
         mapping: row of the table.
@@ -211,7 +211,7 @@ def read_parameter(
         mapping: row of the table.
         part: index of the parameter in `mapping.paths`.
         shape: shape of the parameter, stacked axes included.
-        find: returns the stored tensor of a name.
+        find: returns the stored tensor with a name.
     """
     n = mapping.n_stacked_axes
     layouts = _Layouts.of(mapping, shape[n:])
@@ -223,7 +223,7 @@ def read_parameter(
 def make_tensor(
     mapping: TensorMapping, number: int, shape: Shape, params: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Make tensor `number` of `tensor_names` from the mapping's whole parameters."""
+    """Make tensor `number` of `tensor_names` from the mapping's unsharded parameters."""
     n = mapping.n_stacked_axes
     layouts = _Layouts.of(mapping, shape[n:])
     at = tuple(int(i) for i in np.unravel_index(number, shape[:n])) if n else ()

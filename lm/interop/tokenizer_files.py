@@ -23,8 +23,8 @@ from lm.errors import UserError
 from lm.storage import parse_json, read_json
 
 DELIMITER = "<|endoftext|>"
-# Further keys of config.json that transformers 4 kept settings of generation in, and the version,
-# by which transformers chooses how it reads the tokenizer of some families.
+# Other keys of config.json: generation settings, stored there by transformers 4, and the version,
+# which determines how transformers reads the tokenizer of some families.
 _KEPT_KEYS = (
     "transformers_version",
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
@@ -32,7 +32,7 @@ _KEPT_KEYS = (
     *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "task_specific_params"),
     "prefix",
 )
-_ROLES = {  # key of tokenizer_config.json: names under which a vocabulary may have the token
+_ROLES = {  # key of tokenizer_config.json: possible names of the token in a vocabulary
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", DELIMITER),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", DELIMITER),
     "pad_token": ("[PAD]", "<pad>"),
@@ -44,10 +44,10 @@ _ROLES = {  # key of tokenizer_config.json: names under which a vocabulary may h
 
 
 def read_tokenizer(source: Path) -> Tokenizer | None:
-    """Return the tokenizer of a model folder, or beside a .bin file; None if there is none.
+    """Return the tokenizer of a model folder, or next to a .bin file; None if there is none.
 
     Raises:
-        UserError: a file of it is damaged.
+        UserError: a tokenizer file is damaged.
     """
     if not source.is_file():
         return FolderTokenizer.read(source)
@@ -63,7 +63,7 @@ def read_tokenizer(source: Path) -> Tokenizer | None:
 
 
 def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
-    """Return what the config.json of an imported folder says of special tokens and generation."""
+    """Return what an imported folder's config.json says about special tokens and generation."""
     stated = tokenizer.stated(CONFIG) or {}
     return {
         key: value
@@ -75,14 +75,14 @@ def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int | None) -> bool:
     """Write the files of a tokenizer; return False if it has no equivalent.
 
-    Those of an imported folder are written as they were. Otherwise a tokenizer.json is made, which
-    puts around a text what this library does.
+    Those of an imported folder are copied unchanged. Otherwise a tokenizer.json is created that
+    adds the same tokens around a text as this library.
 
     Args:
         tokenizer: tokenizer of the run.
         folder: existing folder.
         family: `--config.model.family`.
-        length: most tokens of a text; None: any number.
+        length: maximum number of tokens per text; None: any.
     """
     if isinstance(tokenizer, ExtendedTokenizer):
         written = write_tokenizer(tokenizer.base, folder, family, length)
@@ -120,7 +120,7 @@ def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
     """Add tokens and a chat template to the files of a tokenizer.
 
     Raises:
-        UserError: the tokens would get other ids there.
+        UserError: the tokens would get different ids there.
     """
     import tokenizers
 
@@ -134,7 +134,7 @@ def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
         )
         for name, i in ids.items():
             if (there := made.token_to_id(name)) != i:
-                raise UserError(f"the added token {name!r} has the id {i}, and would have {there}")
+                raise UserError(f"the added token {name!r} has id {i}, but would get {there}")
         definition_file.write_text(made.to_str())
     if "added_tokens_decoder" in settings or not definition_file.exists():
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -150,7 +150,7 @@ def _write_added(tokenizer: ExtendedTokenizer, folder: Path) -> None:
 
 
 def write_turn_ends(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write that what ends an assistant's turn ends a generated text."""
+    """Make the end of an assistant's turn also end generation."""
     from lm.data.chat.chat_template import ChatTemplate
 
     generation_file = folder / GENERATION
@@ -160,7 +160,7 @@ def write_turn_ends(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _with_template(definition: bytes, tokenizer: Tokenizer, family: str) -> bytes:
-    """Return a tokenizer.json that puts around texts and pairs what this library does.
+    """Return a tokenizer.json that adds the same tokens around texts and pairs as this library.
 
     A decoder's prompt starts with bos, an encoder–decoder's source ends with eos, and an encoder's
     texts stand between cls and sep. Ids beyond the tokenizer's, which only the model has, are
@@ -249,7 +249,7 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # SentencePiece.Type
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
     """Return the tokenizer.json of a SentencePiece model; None if there is no equivalent.
 
-    User-defined symbols are cut out of the normalized text before the model sees it.
+    User-defined symbols are split off the normalized text before the model encodes it.
     """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2
@@ -278,7 +278,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
             )
         )
     elif trainer.model_type == _UNIGRAM:
-        # The score of a symbol that stands alone is above that of any way to spell it.
+        # The score of a single symbol is above that of any way to spell it.
         pieces = list((scores | dict.fromkeys(defined, 0.0)).items())
         made = tokenizers.Tokenizer(
             models.Unigram(pieces, trainer.unk_id, byte_fallback=trainer.byte_fallback)
@@ -291,7 +291,7 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
         if any(steps[0].normalize_str(symbol) != symbol for symbol in defined):
             return None
     if rules.remove_extra_whitespaces:
-        # Spaces only, where normalizers.Strip takes newlines too.
+        # Only spaces, whereas normalizers.Strip also removes newlines.
         steps += [
             normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
@@ -322,10 +322,10 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> bytes | None:
 
 
 def _inside_names(names: Iterable[str], pieces: Collection[str]) -> list[str]:
-    """Return patterns that cut names of control pieces and bytes, such as "<s>", in two.
+    """Return patterns that split names of control pieces and bytes, such as "<s>", in two.
 
-    Unigram takes any piece that a text holds, but SentencePiece none of these. The cut is where no
-    piece of a text goes across.
+    Unigram matches any piece in a text, but SentencePiece never matches these. The split is where
+    no other piece crosses it.
     """
     pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
     places: dict[tuple[str, str], None] = {}
@@ -338,7 +338,7 @@ def _inside_names(names: Iterable[str], pieces: Collection[str]) -> list[str]:
 
 
 def _are_reachable(proto: Any) -> bool:
-    """Return whether a BPE model encodes the text of each of its pieces as that piece."""
+    """Return whether a BPE model encodes the text of each piece as that piece."""
     import sentencepiece
 
     plain = type(proto).FromString(proto.SerializeToString())
@@ -354,7 +354,7 @@ def _are_reachable(proto: Any) -> bool:
 
 
 def _merges(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Recover the merges of a BPE model: pairs that join to a piece, best score first."""
+    """Recover the merges of a BPE model: pairs that join to a piece, by decreasing score."""
     found = []
     for piece, score in scores.items():
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]

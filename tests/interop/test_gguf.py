@@ -26,8 +26,8 @@ REFUSED = {
     "gpt2-untied-wide": "model.activation=gelu_erf, only gelu_tanh",
     "gemma2": "model.attention_scale",
     "qwen3-biases": "model.attention_bias",
-    "t5": "GGUF export has no T5ForConditionalGeneration",
-    "bert": "GGUF export has no BertForMaskedLM",
+    "t5": "GGUF export does not support T5ForConditionalGeneration",
+    "bert": "GGUF export does not support BertForMaskedLM",
 }
 
 

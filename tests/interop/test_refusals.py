@@ -37,7 +37,7 @@ def set_tensors(folder, change):
 LOCAL = "sliding_attention"
 NORM = "model.layers.1.post_attention_layernorm.weight"
 SPOILT = {
-    "architecture": (lambda f: set_config(f, model_type="mamba"), "model_type=mamba; known are gp"),
+    "architecture": (lambda f: set_config(f, model_type="mamba"), "model_type=mamba; known: gp"),
     "missing": (lambda f: set_tensors(f, lambda t: t.pop(NORM)), f"lacks the tensor {NORM}"),
     "surplus": (
         lambda f: set_tensors(f, lambda t: t.update(score=np.zeros(3, np.float32))),
@@ -49,11 +49,11 @@ SPOILT = {
     ),
     "not a number": (
         lambda f: set_tensors(f, lambda t: t[NORM].__setitem__(3, np.nan)),
-        f"{NORM} holds NaN",
+        f"{NORM} contains NaN",
     ),
     "infinite": (
         lambda f: set_tensors(f, lambda t: t[NORM].__setitem__(0, -np.inf)),
-        f"{NORM} holds NaN or inf",
+        f"{NORM} contains NaN or inf",
     ),
     "layers left": (lambda f: set_config(f, num_hidden_layers=2), "layers.2.*and 8 more"),
     "shape": (
@@ -78,7 +78,7 @@ SPOILT = {
     ),
     "adapter": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
-        "holds an adapter of another model",
+        "contains an adapter of a model",
     ),
     "yarn": (
         lambda f: set_config(f, rope_parameters={"rope_type": "yarn", "factor": 4, "beta_fast": 1}),
@@ -324,7 +324,7 @@ SIZES = {
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"embedding_norm": True}, "nearest, gpt2, has not model.embedding_norm=True"),
+        ({"embedding_norm": True}, "closest, gpt2, does not have model.embedding_norm=True"),
         ({"positions": "sinusoidal"}, "model.positions=sinusoidal"),
         ({"activation": "swiglu"}, "model.activation=swiglu"),
         ({"head_dim": 6}, "model.head_dim=6"),

@@ -68,7 +68,7 @@ DAMAGES = {
     "cut in the arrays": (lambda f: f.write_bytes(f.read_bytes()[:-5]), "is truncated"),
     "cut in the header": (lambda f: f.write_bytes(f.read_bytes()[:40]), "is truncated"),
     "empty": (lambda f: f.write_bytes(b""), "is truncated"),
-    "other content": (lambda f: f.write_bytes(b"x" * 100), "no safetensors file"),
+    "other content": (lambda f: f.write_bytes(b"x" * 100), "not a safetensors file"),
     "wrong size": (
         lambda f: change_header(f, lambda h: h["a"].update(shape=[8])),
         "invalid shape, data type, or offset for tensor",
