@@ -91,7 +91,7 @@ _OF_TASK = (
         "-eval.harness*",
     ),
     *("decode.*", "-decode.guard*"),
-    *("-data.documents", "-data.isolate_documents", "-data.field", "-data.workers"),
+    *("-data.documents", "-data.isolate_documents", "-data.field"),
 )
 _OF_SAFETY = ("safety.*", "decode.*", "data.*", "-data.tokenizer*", "-data.batch_size")
 

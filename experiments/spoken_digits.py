@@ -1,0 +1,47 @@
+"""Spoken digits: Whisper's architecture and objective, small, on one CPU core.
+
+One to seven English digits in a row, spoken by espeak-ng and noisy (`scripts/spoken_digits.py`);
+the speakers of validation and test are not those of training. Word error rates: see RESULTS.md.
+
+    python scripts/spoken_digits.py DIR/spoken_digits
+    LM_DATA_DIR=DIR lm train --config experiments/spoken_digits.py --workdir runs/spoken_digits
+    LM_DATA_DIR=DIR lm eval --workdir runs/spoken_digits --best --task --split test
+"""
+
+from lm.config import default
+
+
+def get_config():
+    config = default()
+
+    model = config.model
+    model.family = "encoder_decoder"
+    model.n_layers, model.n_decoder_layers = 3, 1
+    model.d_model, model.n_heads, model.d_ff = 96, 4, 256
+    model.positions, model.max_length = "learned", 16
+    model.attention_bias, model.activation = "no_key", "gelu_erf"
+    model.n_mels = 40
+
+    config.objective.name, config.objective.label_smoothing = "transcription", 0.05
+    config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 1, 20, 8
+    data = config.data
+    data.source = "audio:spoken_digits/train"
+    data.validation_source = "audio:spoken_digits/validation"
+    data.test_source = "audio:spoken_digits/test"
+    data.n_mels = 40
+    data.tokenizer, data.tokenizer_min_count = "words", 1
+    data.sequence_length, data.target_length = 160, 16  # 3.2 s
+    data.batch_size = 32
+
+    config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.01
+    config.optimizer.clip_norm = 1.0
+    config.schedule.name, config.schedule.warmup_steps = "cosine", 100
+    config.train.steps = 1200
+    config.train.steps_per_dispatch, config.train.scan_unroll = 5, 0
+    config.eval.every_steps = 200
+    config.eval.metrics = "wer"
+    config.eval.best = "-loss"
+    config.checkpoint.every_steps = 200
+    config.log.tensorboard = False
+    config.decode.beam_size = 1
+    return config
