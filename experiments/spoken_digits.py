@@ -16,13 +16,13 @@ def get_config():
 
     model = config.model
     model.family = "encoder_decoder"
-    model.n_layers, model.n_decoder_layers = 3, 1
-    model.d_model, model.n_heads, model.d_ff = 96, 4, 256
+    model.n_layers, model.n_decoder_layers = 2, 1
+    model.d_model, model.n_heads, model.d_ff = 64, 4, 192
     model.positions, model.max_length = "learned", 16
     model.attention_bias, model.activation = "no_key", "gelu_erf"
     model.n_mels = 40
 
-    config.objective.name, config.objective.label_smoothing = "transcription", 0.05
+    config.objective.name = "transcription"
     config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 1, 20, 8
     data = config.data
     data.source = "audio:spoken_digits/train"
@@ -31,17 +31,17 @@ def get_config():
     data.n_mels = 40
     data.tokenizer, data.tokenizer_min_count = "words", 1
     data.sequence_length, data.target_length = 160, 16  # 3.2 s
-    data.batch_size = 32
+    data.batch_size = 16
 
     config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.01
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.adamw.b2, config.optimizer.clip_norm = 0.98, 1.0
     config.schedule.name, config.schedule.warmup_steps = "cosine", 100
-    config.train.steps = 1200
-    config.train.steps_per_dispatch, config.train.scan_unroll = 5, 0
-    config.eval.every_steps = 200
+    config.train.steps = 3000
+    config.train.steps_per_dispatch, config.train.scan_unroll = 10, 0
+    config.eval.every_steps = 500
     config.eval.metrics = "wer"
     config.eval.best = "-loss"
-    config.checkpoint.every_steps = 200
+    config.checkpoint.every_steps = 500
     config.log.tensorboard = False
     config.decode.beam_size = 1
     return config

@@ -29,6 +29,11 @@ sst2-minilm)
     lm eval --workdir "$runs/$name" --best --task
     ;;
 geo880) train geo880.py && score ;;
+spoken-digits) # needs espeak-ng
+    [ -e "$LM_DATA_DIR/spoken_digits" ] ||
+        python "$(dirname "$0")/spoken_digits.py" "$LM_DATA_DIR/spoken_digits"
+    train spoken_digits.py && score --best
+    ;;
 aeslc) train aeslc.py && score --best ;;
 wikitext2-lstm | wikitext2-transformer)
     train "wikitext2.py:${name#*-}" && validate --best --split test && report

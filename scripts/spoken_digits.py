@@ -111,7 +111,7 @@ def main() -> None:
     """Write the data set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    for split, n in (("train", 8000), ("validation", 400), ("test", 800)):
+    for split, n in (("train", 5000), ("validation", 300), ("test", 600)):
         parser.add_argument(f"--{split}", type=int, default=n)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -62,7 +62,8 @@ def add_arguments(parser: Parser) -> None:
 
 def used_keys(args: argparse.Namespace) -> Patterns:
     """Return patterns of the configuration keys that the command uses."""
-    return ("parallel.*", *MODEL, "decode.*", "data.sequence_length", "data.columns", "data.header")
+    read = ("sequence_length", "target_prefix", "n_mels", "columns", "header")
+    return ("parallel.*", *MODEL, "decode.*", *(f"data.{name}" for name in read))
 
 
 def run(args: argparse.Namespace, overrides: Overrides) -> int:

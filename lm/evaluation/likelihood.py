@@ -155,7 +155,7 @@ def _rows_of(
 ) -> Callable[[int, Request], Iterator[_Row]]:
     """Return a function from a request and its index to its rows."""
     model, special = experiment.model, special_tokens(tokenizer)
-    require_text_input(model, "scoring of texts")
+    require_text_input(model, "lm score")
     start = target_start(tokenizer, experiment.config.data.target_prefix)
     context = experiment.config.model.max_length
 

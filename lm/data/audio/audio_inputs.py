@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ def find_recordings(place: str, data: Any) -> list[str]:
     Raises:
         UserError: there is none, or a row names none.
     """
-    files = AudioFiles(place if "://" in place else os.path.abspath(place), data, "test")
+    options = {"header": data.header, "columns": data.columns}
+    here = SimpleNamespace(directory="", cache_directory="", **options)
+    files = AudioFiles(place if "://" in place else os.path.abspath(place), here, "test")
     column = dict(parse_columns(data.columns)).get("audio", "audio")
     found = []
     for row in files.rows():
