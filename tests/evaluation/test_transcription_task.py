@@ -10,7 +10,7 @@ import soundfile
 from lm.cli import main
 from lm.training.trainer import train
 
-STEPS = 150
+STEPS = 400
 
 
 @pytest.fixture
@@ -19,6 +19,7 @@ def run(make_kind, tmp_path, one_device):
     changes = {"model.dropout": 0.0, "model.attention_dropout": 0.0, "objective.masks": 0}
     kind = "transcription encoder_decoder"
     config = make_kind(kind, **changes, train__steps=STEPS, model__d_model=32)
+    config.train.steps_per_dispatch = 20
     assert train(config, tmp_path / "run")
     return tmp_path / "run"
 
