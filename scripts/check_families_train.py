@@ -199,7 +199,7 @@ def decoded(workdir: Path) -> str:
     from lm.models.variables import flat, nested
 
     run = load_run(workdir)
-    if not hasattr(run.model, "decode"):
+    if not hasattr(run.model, "decode") or run.config.model.n_mels:
         return "–"
     code, printed = lm("generate", "--workdir", workdir, "--prompt", "one two", "--greedy")
     if code:

@@ -35,6 +35,7 @@ RESET = (
 )
 SOURCES = {  # by objective; documents elsewhere
     "seq2seq": "parallel:{}/numbers.en|{}/numbers.de",
+    "transcription": "audio:{}/tones.jsonl",
     "classification": "tsv:{}/labels.tsv",
     "span_qa": "squad:{}/squad.json",
     "chat": "jsonl:{}/chat.jsonl",
