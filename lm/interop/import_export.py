@@ -29,6 +29,7 @@ from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.mup import without_mup
 from lm.interop.tokenizer_files import (
+    forced_tokens,
     model_settings,
     read_tokenizer,
     write_tokenizer,
@@ -73,6 +74,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
         tokenizer = read_tokenizer(source)
         if tokenizer is not None:
             config.data.tokenizer = f"run:{storage_path(workdir)}"
+            if config.objective.name == "transcription" and "data.target_prefix" not in overrides:
+                config.data.target_prefix = listing(forced_tokens(tokenizer))
     configs.validate(config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, found.config.vocab_size)
@@ -288,6 +291,15 @@ def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) ->
     rows = found.config.vocab_size
     if n_further := found.about.get("num_nextn_predict_layers"):
         lines.append(f"left out: layers that predict further tokens (config.json has {n_further})")
+    if found.config.n_mels and tokenizer:
+        names = "".join(forced_tokens(tokenizer))
+        lines.append(
+            f"targets begin with {names}, as its config.json says"
+            if names
+            else "its config.json forces no language and task: set --config.data.target_prefix, "
+            "such as '<|en|>,<|transcribe|>,<|notimestamps|>'"
+        )
+        lines.append("suppress_tokens of generation_config.json are kept and not applied here")
     if tokenizer is None:
         lines.append(
             "no tokenizer came with it: name one by --config.data.tokenizer to generate or evaluate"

@@ -29,8 +29,8 @@ _KEPT_KEYS = (
     "transformers_version",
     *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
     *("top_k", "top_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
-    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "task_specific_params"),
-    "prefix",
+    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "forced_decoder_ids"),
+    *("task_specific_params", "prefix"),
 )
 _ROLES = {  # key of tokenizer_config.json: possible names of the token in a vocabulary
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", DELIMITER),
@@ -70,6 +70,33 @@ def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
         for key, value in stated.items()
         if key.endswith("_token_id") or key in _KEPT_KEYS
     }
+
+
+def forced_tokens(tokenizer: Tokenizer) -> list[str]:
+    """Return the tokens that a folder forces after the start of a target (Whisper).
+
+    They are none unless `forced_decoder_ids` of generation_config.json or config.json has one for
+    each place from 1.
+    """
+    if not isinstance(tokenizer, FolderTokenizer):
+        return []
+    for file in (GENERATION, CONFIG):
+        forced = (tokenizer.stated(file) or {}).get("forced_decoder_ids")
+        places = dict(forced) if isinstance(forced, list) and _are_pairs(forced) else {}
+        if places and sorted(places) == list(range(1, len(places) + 1)):
+            pieces = tokenizer.pieces()
+            names = [pieces[places[i]] for i in sorted(places) if places[i] < len(pieces)]
+            if [tokenizer.token_id(name) for name in names] == [places[i] for i in sorted(places)]:
+                return names
+    return []
+
+
+def _are_pairs(forced: list[Any]) -> bool:
+    """Return whether all entries are a place and an id."""
+    return all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and i >= 0 for i in pair)
+        for pair in forced
+    )
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int | None) -> bool:
