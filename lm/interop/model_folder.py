@@ -46,7 +46,7 @@ from lm.interop.tensor_mapping import (
     tensor_names,
 )
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import nested
+from lm.models.variables import flat, nested
 from lm.storage import read_json
 
 ADAPTER = "adapter_config.json"
@@ -301,10 +301,11 @@ def _check_further_files(path: Path, family: Family, config: TransformerConfig) 
             found = read_json(path / name, whole_characters=True)
         except FileNotFoundError:
             continue
-        for key, value in values(config).items():
-            if found.get(key, value) != value:
+        expected = flat(values(config))
+        for key, value in flat(found).items():
+            if key in expected and value != expected[key]:
                 raise UserError(
-                    f"{path / name}: {key}={found[key]!r:.40} is not supported, only {value!r}"
+                    f"{path / name}: {key}={value!r:.40} is not supported, only {expected[key]!r}"
                 )
 
 

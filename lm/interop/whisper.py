@@ -2,8 +2,8 @@
 
 The encoder's positions are a tensor of the file, always the same sinusoids. Not read are values
 without effect on what a trained model computes: scale_embedding, layer drop, SpecAugment and the
-classifier's. preprocessor_config.json must have the features of the paper: 16 kHz, windows of 400
-samples every 160, and as many frames as the encoder reads.
+classifier's. If the folder has settings of a feature extractor, they must be those of the paper:
+16 kHz, windows of 400 samples every 160, and as many frames as the encoder reads.
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ def _positions(config: TransformerConfig) -> np.ndarray:
 
 
 def _preprocessor(config: TransformerConfig) -> Values:
-    """Return preprocessor_config.json, of audio that fills the encoder's positions."""
+    """Return the settings of features, of audio that fills the encoder's positions."""
     n_frames = STRIDE * config.max_source_length
     seconds, rest = divmod(n_frames * HOP, SAMPLE_RATE)
     return {
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "processor_class": "WhisperProcessor",
         "feature_size": config.n_mels,
         "sampling_rate": SAMPLE_RATE,
         "hop_length": HOP,
@@ -83,6 +82,13 @@ def _preprocessor(config: TransformerConfig) -> Values:
         "chunk_length": seconds + rest / SAMPLE_RATE if rest else seconds,
         "padding_value": 0.0,
         "dither": 0.0,
+    }
+
+
+def _processor(config: TransformerConfig) -> Values:
+    return {
+        "processor_class": "WhisperProcessor",
+        "feature_extractor": _preprocessor(config),
     }
 
 
@@ -109,6 +115,9 @@ WHISPER = Family(
     output="proj_out.weight",
     table="model.decoder.embed_tokens.weight",
     constants={"model.encoder.embed_positions.weight": _positions},
-    further_files={"preprocessor_config.json": _preprocessor},
+    further_files={  # as transformers 4 and 5 write them
+        "preprocessor_config.json": _preprocessor,
+        "processor_config.json": _processor,
+    },
     objective="transcription",
 )

@@ -8,11 +8,21 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from hf_models import config_of, safetensors, torch, transformers
 
+from lm.data.tokenizer import load_saved_tokenizer
+from lm.data.tokenizers.hf import BYTE_CHARACTERS
+from lm.decoding.batch import decode_best
+from lm.decoding.beam import BeamOptions
+from lm.decoding.controls import Controls
 from lm.decoding.prompts import first_inputs
 from lm.errors import UserError
+from lm.experiment import build
 from lm.interop import huggingface
+from lm.interop.import_export import export_run, import_run
+from lm.runs.saved_params import restore_params
+from lm.runs.workdir import load_run_config
 
 WHISPER = {
     "d_model": 24,
@@ -38,17 +48,23 @@ POSITIONS = "model.encoder.embed_positions.weight"
 PREFIX = (2, 5, 9)  # <|startoftranscript|> and two tokens that targets begin with
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def theirs(request, tmp_path_factory):
-    """A model with no parameter at a value that hides it, and its folder."""
+def random_model(values):
+    """A model with no parameter at a value that hides it."""
     torch.manual_seed(0)
     kind = transformers.WhisperForConditionalGeneration
-    model = kind(config_of(kind.__name__, KINDS[request.param])).eval()
+    model = kind(config_of(kind.__name__, values)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name != POSITIONS:
                 scale = "norm" in name and name.endswith("weight")
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + float(scale))
+    return model
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def theirs(request, tmp_path_factory):
+    """A random model, and its folder."""
+    model = random_model(KINDS[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder, max_shard_size="40KB" if "untied" in request.param else "1GB")
     return model, folder
@@ -145,6 +161,12 @@ def test_export_of_an_import_is_what_was_imported(theirs, tmp_path):
         ),
         ("preprocessor_config.json", {"feature_size": 80}, "feature_size=80 is not supported"),
         ("preprocessor_config.json", {"chunk_length": 30}, "chunk_length=30 is not supported"),
+        ("preprocessor_config.json", {"feature_extractor_type": "X"}, "type='X' is not supported"),
+        (
+            "processor_config.json",
+            {"feature_extractor": {"n_fft": 512}},
+            "feature_extractor/n_fft=512 is not supported, only 400",
+        ),
     ],
 )
 def test_another_kind_is_refused(theirs, tmp_path, file, values, expected):
@@ -165,3 +187,64 @@ def test_positions_may_be_rounded_and_not_others(theirs, tmp_path):
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"embed_positions.weight has values of its own"):
         huggingface.load(folder)
+
+
+TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+
+
+def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path, one_device):
+    """Greedily, after the tokens that its config.json forces."""
+    tokenizer = transformers.WhisperTokenizer(
+        vocab={BYTE_CHARACTERS[i]: i for i in range(256)}, merges=[]
+    )
+    added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in TOKENS]
+    tokenizer.add_tokens(added)
+    start, *prefix = tokenizer.convert_tokens_to_ids(list(TOKENS))
+    extractor = transformers.WhisperFeatureExtractor(feature_size=7, chunk_length=1)
+    there = tmp_path / "there"
+    transformers.WhisperProcessor(extractor, tokenizer).save_pretrained(there)
+    values = (
+        WHISPER
+        | {"vocab_size": 261, "max_source_positions": 50}
+        | {
+            "decoder_start_token_id": start,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 256),
+        }
+    )
+    model = random_model(values)
+    model.save_pretrained(there)
+    about = json.loads((there / "config.json").read_text())
+    forced = [[i, token] for i, token in enumerate(prefix, 1)]
+    (there / "config.json").write_text(json.dumps(about | {"forced_decoder_ids": forced}))
+
+    run, lines = tmp_path / "run", []
+    import_run(there, run, {}, lines.append)
+    assert f"targets begin with {''.join(TOKENS[1:])}" in lines[0]
+    config = load_run_config(run, {})
+    assert config.data.target_prefix == ",".join(TOKENS[1:])
+    data = config.data
+    assert (data.sequence_length, data.target_length, data.n_mels) == (50, 19, 7)
+    ours = load_saved_tokenizer(run / "tokenizer")
+    experiment = build(config, jax.devices(), ours)
+    params, _ = restore_params(experiment, run, pytest.fail)
+    source = features(model)
+    options = BeamOptions(1, 12, 0.0, Controls(ours.stop_ids))
+    found = decode_best(experiment, params, ours, list(source), options)
+    inputs = {"decoder_input_ids": torch.tensor([[start, *prefix]] * 2), "max_new_tokens": 12}
+    with torch.no_grad():
+        expected = transformers.GenerationMixin.generate(
+            model, input_features=torch.tensor(source).mT, do_sample=False, **inputs
+        ).numpy()
+    for row, tokens in zip(expected[:, 4:], found, strict=True):
+        assert tokens == [i for i in row.tolist() if i != 256]
+        assert len(set(tokens)) > 1
+
+    export_run(run, tmp_path / "back", 1, False, "float32", lines.append)
+    processor = transformers.WhisperProcessor.from_pretrained(tmp_path / "back")
+    assert processor.feature_extractor.nb_max_frames == 100
+    assert processor.tokenizer("hi").input_ids == tokenizer("hi").input_ids
+    again = type(model).from_pretrained(tmp_path / "back").eval()
+    targets = expected[:, :8]
+    np.testing.assert_allclose(
+        their_logits(again, source, targets), their_logits(model, source, targets), atol=1e-5
+    )
