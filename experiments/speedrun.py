@@ -13,18 +13,18 @@ from lm.config import choose, default
 
 OPTIMIZERS = {  # learning rate, keys of section "optimizer"
     "adamw": (2e-3, {"name": "adamw"}),
-    "adamw-cautious-updates": (4e-3, {"name": "adamw", "cautious": "updates"}),
-    "adamw-cautious-decay": (4e-3, {"name": "adamw", "cautious": "decay"}),
-    "adamw-ema": (4e-3, {"name": "adamw", "ema": 0.98}),
-    "adafactor": (4e-2, {"name": "adafactor"}),
+    "adamw-cautious-updates": (2e-3, {"name": "adamw", "cautious": "updates"}),
+    "adamw-cautious-decay": (2e-3, {"name": "adamw", "cautious": "decay"}),
+    "adamw-ema": (2e-3, {"name": "adamw", "ema": 0.98}),
+    "adafactor": (8e-2, {"name": "adafactor"}),
     "lion": (5e-4, {"name": "lion"}),
     "sgd": (0.5, {"name": "sgd"}),
-    "ademamix": (4e-3, {"name": "ademamix", "ademamix.b3": 0.999, "ademamix.rise_steps": 400}),
-    "schedule-free": (8e-3, {"name": "schedule_free", "schedule_free.b2": 0.95}),
+    "ademamix": (1e-3, {"name": "ademamix", "ademamix.b3": 0.999, "ademamix.rise_steps": 400}),
+    "schedule-free": (2e-3, {"name": "schedule_free", "schedule_free.b2": 0.95}),
     "soap": (4e-3, {"name": "soap", "soap.max_dim": 512}),
-    "muon": (2e-2, {"name": "muon", "muon.adam_ratio": 0.15}),
-    "muon-rms": (4e-3, {"name": "muon", "muon.adam_ratio": 1.0, "muon.rms": 0.2}),
-    "normuon": (2e-2, {"name": "muon", "muon.adam_ratio": 0.15, "muon.neuron_b2": 0.95}),
+    "muon": (4e-2, {"name": "muon", "muon.adam_ratio": 0.15}),
+    "muon-rms": (8e-3, {"name": "muon", "muon.adam_ratio": 1.0, "muon.rms": 0.2}),
+    "normuon": (4e-2, {"name": "muon", "muon.adam_ratio": 0.15, "muon.neuron_b2": 0.95}),
 }
 TARGET = 5.2  # validation loss, nats a token
 

@@ -1,7 +1,7 @@
 """The embedded default: a GPT on the source code of the running Python's standard library.
 
 Real text that is on every machine, nothing to download; the files held out for validation are
-chosen by a hash of their names. `scripts/quickstart.sh` trains it in four minutes on two
+chosen by a hash of their names. `scripts/quickstart.sh` trains it in five minutes on two
 CPU cores; RESULTS.md has the figures.
 
     lm train --config experiments/stdlib.py --workdir runs/stdlib
@@ -10,7 +10,7 @@ CPU cores; RESULTS.md has the figures.
 from lm.config import choose, default
 
 VARIANTS = {  # layers, d_model, heads, steps
-    "small": (4, 192, 6, 1500),
+    "small": (4, 192, 6, 1800),
     "tiny": (2, 64, 4, 100),
 }
 
@@ -31,7 +31,7 @@ def get_config(variant="small"):
 
     config.train.steps = steps
     config.train.scan_unroll, config.train.steps_per_dispatch = 0, 5
-    config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02
+    config.optimizer.name, config.optimizer.learning_rate = "muon", 0.04
     config.optimizer.muon.adam_ratio = 0.15
     config.schedule.name, config.schedule.final_ratio = "linear", 0.0
     config.schedule.warmup_steps = steps // 20
