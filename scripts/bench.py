@@ -4,19 +4,19 @@
                             [--nanodo CHECKOUT]
     OMP_NUM_THREADS=1 taskset -c 0 python scripts/bench.py --transformers [--rows 1 8 32] …
 
-For each size and dtype: milliseconds and tokens a second of the compiled step, and the fraction of
-the FLOP/s of a plain matrix product on this machine that it reaches (model FLOPs, causal attention
+For each size and dtype: milliseconds and tokens per second of the compiled step, and the fraction
+of the FLOP/s of a plain matrix product on this machine (model FLOPs, causal attention
 counted once). Then a short training run at the 10M size: the fraction of time spent waiting for
-data, and the pause of a checkpoint relative to one minute; and a step of decoding with GPT-2 124M,
+data, and the pause for a checkpoint relative to one minute; and a decoding step with GPT-2 124M,
 eight rows with 900 tokens in the cache.
 
 With --nanodo, a checkout of google-deepmind/nanodo, its model with clipping and AdamW is timed at
 the same shapes. Figures are medians; both steps alternate, so that their ratio holds on a noisy
 machine.
 
-With --transformers, decoding alone is timed, beside Hugging Face's GPT-2 in PyTorch: greedy, 64 new
+With --transformers, only decoding is timed, against Hugging Face's GPT-2 in PyTorch: greedy, 64 new
 tokens after 32, 124M parameters, for each dtype and number of rows. `times_transformers` is the
-median of the ratios of neighbouring runs.
+median ratio of adjacent runs.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def nanodo_step(checkout: str, size: str, dtype: str) -> Callable[[], None]:
 
 
 def median_seconds(runs: list[Callable[[], None]], seconds: float = 15.0) -> list[float]:
-    """Return the median time of each function; they are called in turn for `seconds` in all."""
+    """Return the median time of each function, calling them in turn for `seconds` in total."""
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
@@ -195,7 +195,7 @@ def bench_loop(steps: int = 60) -> dict:
 
 
 def bench_decode(rows: int = 8, cached: int = 900, steps: int = 20) -> dict:
-    """Measure greedy decoding with GPT-2 124M in float32: milliseconds a token of all rows."""
+    """Measure greedy decoding with GPT-2 124M in float32: milliseconds per token of all rows."""
     config = bench_config("124m", "float32")
     config.data.sequence_length = 1024
     experiment = build(config, jax.devices()[:1])
@@ -244,7 +244,7 @@ def their_decoding(rows: int, dtype: str, prompt: int, new: int) -> Callable[[],
 def bench_transformers(
     rows: int, dtype: str, seconds: float, prompt: int = 32, new: int = 64
 ) -> dict:
-    """Time decoding and that of transformers in turn, at least three times each."""
+    """Time our and transformers' decoding in turn, at least three times each."""
     runs = [make(rows, dtype, prompt, new) for make in (our_decoding, their_decoding)]
     for run in runs:
         run()

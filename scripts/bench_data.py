@@ -1,22 +1,22 @@
-"""Benchmark of tokenizing and of batches on this machine, beside other packages, in one run.
+"""Benchmark of tokenizing and batches on this machine, against other packages, in one run.
 
     python scripts/bench_data.py --data DIR [--folder FOLDER] [--megabytes 200] [--sample 24]
                                  [--only encode store batches] [--json]
 
-DIR holds gpt2_bpe/encoder.json and vocab.bpe, GPT-2's own files, and a model of 32,000 pieces,
-sentencepiece/mistral_v1.model. The corpus is made in FOLDER, the same on every run of the same
-Python installation: a document for each source file of the standard library and of the installed
-packages, in a fixed random order, and one of generated text in many scripts for every ten of them.
+DIR has gpt2_bpe/encoder.json and vocab.bpe, GPT-2's own files, and a model of 32,000 pieces,
+sentencepiece/mistral_v1.model. The corpus is created in FOLDER, identical in every run of the same
+Python installation: a document for each source file of the standard library and the installed
+packages, in a fixed random order, and one of generated text in many scripts after every ten.
 
-encode   tokens a second and core of `Tokenizer.encode_batch` on groups of documents as the store
-         reads them, of `tokenizers` a document at a time and in batches, of tiktoken, of
+encode   tokens per second and core of `Tokenizer.encode_batch` on groups of documents as the store
+         reads them, of `tokenizers` by document and in batches, of tiktoken, of
          SentencePiece's own batch call and of nanoGPT's prepare.py (`process` for each document).
-         Seconds are CPU time of one core, so that other load counts little; the best of several
+         Seconds are CPU time of one core, so that other load matters little; the best of several
          rounds, in which all take turns. Ids are compared, document by document.
-store    megabytes a second of building the token store of the whole corpus, files read and written,
-         with one process and two, in wall-clock time; and nanoGPT's prepare.py way with as many.
-batches  time that a training loop waits for its next batch, as a share of a step of 50 ms, and
-         milliseconds of making one batch: windows of isolated documents, masked, span corruption.
+store    megabytes per second of building the token store of the whole corpus, including files,
+         with one process and two, in wall-clock time; and likewise for nanoGPT's prepare.py.
+batches  time that a training loop waits for its next batch, as a fraction of a step of 50 ms, and
+         milliseconds per batch: windows of isolated documents, masked, span corruption.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def generated(rng: random.Random) -> str:
 
 
 def documents() -> Iterator[str]:
-    """Yield the documents of the corpus without end."""
+    """Yield the documents of the corpus endlessly."""
     places = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
     files = sorted({path for place in places for path in place.rglob("*.py")})
     rng = random.Random(0)
@@ -81,7 +81,7 @@ def documents() -> Iterator[str]:
 
 
 def make_corpus(folder: Path, megabytes: int) -> Path:
-    """Write the corpus as eight files of JSON lines, unless they are there already."""
+    """Write the corpus as eight files of JSON lines, unless they exist."""
     folder = folder / f"corpus-{megabytes}"
     if not folder.exists():
         partial = folder.with_suffix(".partial")
@@ -108,7 +108,7 @@ def read(folder: Path) -> Iterator[str]:
 
 
 def grouped(texts: list[str]) -> list[list[str]]:
-    """Return texts in groups as the store tokenizes them."""
+    """Group texts as the store does for tokenization."""
     groups: list[list[str]] = [[]]
     for text in texts:
         groups[-1].append(text)
@@ -121,7 +121,7 @@ def grouped(texts: list[str]) -> list[list[str]]:
 
 
 def gpt2_encoding(data: Path):
-    """Return tiktoken's Encoding of GPT-2, made of the vocabulary's own files."""
+    """Return tiktoken's Encoding of GPT-2, built from the vocabulary's own files."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks as load
 
@@ -237,7 +237,7 @@ def bench_encode(folder: Path, data: Path, megabytes: int, rounds: int = 3) -> l
 
 
 def build(folder: Path, data: Path, tokenizer: str, workers: int, cache: str) -> None:
-    """Build the store of a corpus, in a process of its own."""
+    """Build the store of a corpus, in a separate process."""
     from lm.config import default
     from lm.data.dataset import build_store, open_sources, open_tokenizer
 
@@ -265,7 +265,7 @@ def _process(text: str) -> dict:
 
 
 def prepare(folder: Path, data: Path, workers: int, output: Path) -> float:
-    """Tokenize the corpus the way of nanoGPT's prepare.py with a pool; seconds."""
+    """Tokenize the corpus like nanoGPT's prepare.py, with a pool; return the seconds."""
     start = time.perf_counter()
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(workers, _start_prepare, (data,)) as pool, open(output, "wb") as file:

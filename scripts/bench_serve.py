@@ -1,19 +1,19 @@
-"""Throughput of `lm serve` beside `transformers serve`: the same weights, prompts and client.
+"""Throughput of `lm serve` and `transformers serve` with equal weights, prompts and client.
 
     python scripts/bench_serve.py --workdir RUN [--concurrency 1 8 32] [--rounds 3] [--json]
 
-RUN is a run of GPT-2; random weights will do, and `experiments/gpt2.py` with one step makes them.
+RUN is a run of GPT-2; random weights suffice, and `experiments/gpt2.py` with one step makes them.
 It is exported to a Hugging Face folder, and three servers start: ours, that of transformers
-(`pip install "transformers[serving]"`), and that one with `--continuous_batching`. In each round
-they are asked in turn, while the others idle; ours once more with a seed in each request, whose
-reply then is the same to the last bit whatever else is served. All run in float32, greedily, on all
-the cores that this script is given (`taskset` is inherited); the client shares them, and its part
-of the time is reported. A first round compiles what there is to compile.
+(`pip install "transformers[serving]"`), and the latter with `--continuous_batching`. In each round
+they get requests in turn, while the others idle; ours also with a seed in each request, whose
+replies are then bitwise the same whatever else is served. All run in float32, greedily, on all
+cores of this script (`taskset` is inherited); the client shares them, and its part
+of the time is reported. A first round compiles everything.
 
 Prompts have 16 to 384 tokens and replies 16 to 96: the same lengths in each round, but other texts,
-so that no round finds the pages of the one before. A request that ends early is an error. Figures
-are medians over the rounds: tokens of replies a second, milliseconds to the first text and between
-texts (p50, p99), and our tokens a second over theirs.
+so that no round finds cached pages of the previous one. A request that ends early is an error.
+Figures are medians over the rounds: reply tokens per second, milliseconds to the first text and
+between texts (p50, p99), and our tokens per second divided by theirs.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def start(kind: str, workdir: Path, folder: Path, logs: Path) -> Server:
 
 
 def requests(workdir: Path, n: int, texts: str) -> list[tuple[str, int]]:
-    """Return prompts of 16 to 384 tokens, drawn by `texts`, and the lengths of their replies."""
+    """Return prompts of 16 to 384 tokens, seeded by `texts`, and the lengths of their replies."""
     tokenizer, lengths, places = load_tokenizer(workdir), random.Random(0), random.Random(texts)
     ids = tokenizer.encode("\n".join(topics.values())[:400_000])
     drawn = []
@@ -131,7 +131,7 @@ def requests(workdir: Path, n: int, texts: str) -> list[tuple[str, int]]:
 
 
 async def measure(servers: Sequence[Server], args: argparse.Namespace) -> list[dict]:
-    """Ask every server in turn; return a row of medians for each concurrency and server."""
+    """Send requests to each server in turn; return medians for each concurrency and server."""
     rows = []
     for n in args.concurrency:
         n_requests = max(4, args.requests * n)
@@ -177,7 +177,7 @@ async def one_round(server: Server, asked: list[tuple[str, int]], n: int) -> dic
 
 
 async def reply(http: httpx.AsyncClient, server: Server, prompt: str, new: int) -> list[float]:
-    """Return the time of a request, and those at which texts of its reply came."""
+    """Return the time of a request, and the times at which texts of its reply arrived."""
     body = {"model": server.model, "prompt": prompt, "max_tokens": new, "temperature": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     body |= {"seed": 1} if server.name == SEEDED else {}

@@ -2,16 +2,16 @@
 
     python scripts/bench_store.py [--megabytes 200 2000] [--tokenizer byte] [--folder DIR] [--kill]
 
-makes a corpus of JSON lines of each size in a new folder below --folder, 25 MB a file, and prints
+creates a corpus of JSON lines of each size in a new folder in --folder, 25 MB per file, and prints
 for each
     build     seconds and MB/s with one and with two processes, and their ratio
     memory    largest resident size of any process, and of the main one
-    start     seconds to open a store that is there, of `open_dataset` alone
+    start     seconds to open an existing store, only in `open_dataset`
 
-Each in processes of its own, through `lm data build`. With --kill, instead, a build with two
-processes gets SIGKILL at half of the time that a whole one takes, goes on, and is started again:
-seconds, the largest process and the shards that were made in each. Exit code 1 if a finished shard
-is made again, or one differs from those of the whole build.
+Each runs in separate processes, through `lm data build`. With --kill, instead, a build with two
+processes gets SIGKILL after half the time of a complete one, continues, and is started again:
+seconds, the largest process and the new shards in each. Exit code 1 if a finished shard
+is built again, or one differs from those of the complete build.
 """
 
 import argparse
@@ -47,7 +47,7 @@ print(time.perf_counter() - began)
 
 
 def make_corpus(folder, megabytes):
-    """Write documents of words with the frequencies of a language, always the same."""
+    """Write deterministic documents with the word frequencies of a language."""
     folder.mkdir()
     rng = random.Random(0)
     letters = "etaoinshrdlucmfwypvbgkjqxz"
@@ -68,7 +68,7 @@ def make_corpus(folder, megabytes):
 
 
 def resident(pid):
-    """Return the resident sizes, in MB, of a process and those below it."""
+    """Return the resident sizes, in MB, of a process and its descendants."""
     sizes, waiting = [], [pid]
     while waiting:
         pid = waiting.pop(0)
@@ -85,7 +85,7 @@ def resident(pid):
 
 
 def build(experiment, cache, workers, kill_after=float("inf")):
-    """Build a store, or kill that; return seconds and the largest sizes of main and any process."""
+    """Build a store or kill the build; return seconds and peak sizes of main and any process."""
     words = [sys.executable, "-m", "lm", "data", "build", "--config", experiment, "--json"]
     words += [f"--config.data.cache_directory={cache}", f"--config.data.workers={workers}"]
     began, main, most = time.perf_counter(), 0.0, 0.0
@@ -111,7 +111,7 @@ def shards(cache):
 
 
 def kill(experiment, cache):
-    """Build a whole store and one that is killed, continued and started again; print them."""
+    """Build a complete store and one that is killed, continued and started again; print both."""
     whole, _, most = build(experiment, cache, 2)
     expected = {name: digest for name, (_, digest) in shards(cache).items()}
     row = {"whole": round(whole, 1), "most MB": round(most), "shards": len(expected)}
@@ -149,7 +149,7 @@ def main():
 
 
 def measure(args, folder):
-    """Print a row for each size; return whether all is as it should be."""
+    """Print a row for each size; return whether all results are as expected."""
     good = True
     for megabytes in args.megabytes:
         corpus, cache = folder / f"{megabytes}", folder / "cache"

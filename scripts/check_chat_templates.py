@@ -2,20 +2,20 @@
 
     python scripts/check_chat_templates.py FOLDER
 
-FOLDER holds NAME.jinja files, as `trl/chat_templates` of TRL's wheel does. Each template gets two
-small tokenizers, byte-level BPE and BPE over "▁", with the tokens that its text names. Compared are
+FOLDER has NAME.jinja files, like `trl/chat_templates` in TRL's wheel. Each template gets two
+small tokenizers, byte-level BPE and BPE over "▁", with the tokens that it names. Compared are
 
-- ids, where no message holds the name of a special token;
-- ids with `reads_markers`, where messages hold such names; without it, that no message becomes a
-  special token, and that the text stays what it was;
-- what an assistant says: of NAME_training.jinja, with the mask that transformers makes of
-  `{% generation %}`; of NAME.jinja, which has no such marks, with that of NAME_training.jinja where
-  both give the same ids, but for white space after the end of a turn.
+- ids, if no message contains the name of a special token;
+- ids with `reads_markers`, if messages contain such names; without it, that no message becomes a
+  special token, and that the text is unchanged;
+- the assistant's spans: for NAME_training.jinja, with the mask that transformers computes from
+  `{% generation %}`; for NAME.jinja, which has no such marks, with that of NAME_training.jinja if
+  both give the same ids, except for white space after the end of a turn.
 
-Conversations that a template refuses have to be refused by both. Of the templates in TRL 1.16 some
-count more as said, "less than theirs" here: the header of a turn (DeepSeek, gpt-oss, Muse), or a
-beginning such as "<think>" that the prompt of an answer holds already. The mask of transformers
-loses a part of the last character where several tokens make it and nothing said follows.
+Conversations that a template refuses must be refused by both. Some templates in TRL 1.16
+mark more as the assistant's, "less than theirs" here: the header of a turn (DeepSeek, gpt-oss,
+Muse), or a beginning such as "<think>" that is already in the prompt. The mask of transformers
+loses a part of the last character if several tokens form it and the span ends there.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def turns(*contents: str, first: str = "user") -> list[dict[str, Any]]:
 
 
 def calls(arguments: Any) -> list[dict[str, Any]]:
-    """Return messages with a call of a tool."""
+    """Return messages with a tool call."""
     call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
     return [
         *turns("Weather?"),
@@ -129,7 +129,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def forged(names: list[str]) -> Iterator[tuple[str, list[dict[str, Any]], dict[str, Any]]]:
-    """Yield conversations whose messages hold the names of special tokens."""
+    """Yield conversations whose messages contain the names of special tokens."""
     some = [name for name in names if not name.startswith("</")][-5:]
     all_names = "".join(some)
     yield "all names", turns(f"a {all_names} b", f"{all_names}", "c", f"d{all_names}"), {}
@@ -181,7 +181,7 @@ def make(source: str, folder: Path, kind: str) -> tuple[Any, FolderTokenizer, li
         vocab_size=700, initial_alphabet=letters, special_tokens=fallback, show_progress=False
     )
     made.train_from_iterator(TEXT, trainer)
-    if kind != "bytes":  # bytes are no added tokens
+    if kind != "bytes":  # bytes must not be added tokens
         text = made.to_str()
         text = re.sub(r'"added_tokens":\s*\[.*?\]', '"added_tokens": []', text, count=1, flags=re.S)
         made = tokenizers.Tokenizer.from_str(text)
@@ -299,7 +299,7 @@ def check(name: str, source: str, training: str | None, kind: str, counts: Count
 
 
 def neutralized(value: Any, names: re.Pattern[str]) -> Any:
-    """Return a value of JSON types with names of tokens replaced by letters."""
+    """Replace names of tokens by letters in a JSON value."""
     if isinstance(value, str):
         return names.sub(lambda found: "x" * len(found[0]), value)
     if isinstance(value, dict):
@@ -310,7 +310,7 @@ def neutralized(value: Any, names: re.Pattern[str]) -> Any:
 
 
 def show(tokenizer: FolderTokenizer, found: EncodedChat, mask: np.ndarray) -> str:
-    """Return both spans."""
+    """Format our and their spans."""
     ours, theirs = (
         "⟦"
         + "⟧⟦".join(
@@ -326,7 +326,7 @@ def show(tokenizer: FolderTokenizer, found: EncodedChat, mask: np.ndarray) -> st
 
 
 def main() -> int:
-    """Compare all templates of a folder; 1 if anything differs."""
+    """Compare all templates of a folder; return 1 if anything differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""Choose on a page of `lm compare` in Chromium, by key, and read the answers that it downloads.
+"""Choose on a page of `lm compare` in Chromium by keyboard, and read the downloaded answers.
 
     python scripts/check_compare_page.py
 
-A second script presses the keys; the page's Content-Security-Policy lets it in by its digest.
+A second script presses the keys; the page's Content-Security-Policy allows it by its digest.
 Not part of the suite: it needs a browser.
 """
 

@@ -1,11 +1,11 @@
-"""Damage configurations at random: each is accepted by all checks, or refused by one line.
+"""Damage configurations at random: each must pass all checks, or be refused in one line.
 
     python scripts/check_configs.py [--n 1000] [--seed 0] [--devices 8]
 
-A configuration starts as the defaults, or as a kind of training, and some of its values are
+A configuration starts as the defaults, or as one of the objectives, and some of its values are
 replaced: other types, None, nothing, negative, huge or infinite numbers, NaN, tuples, unknown names
-and keys, keys and sections that are missing or are a value. Printed are a traceback, a message of
-several lines, and an accepted value that the schema does not allow; the exit code is then 1.
+and keys, keys and sections that are missing or have a wrong type. It prints tracebacks, messages of
+several lines, and accepted values that the schema does not allow; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _odd_value(values: dict, path: str, rng: random.Random) -> str:
 
 
 def _near_value(values: dict, path: str, rng: random.Random) -> str:
-    """Set a value of the right type, at or around the limits of its range."""
+    """Set a value of the right type, at or near the limits of its range."""
     node, name = _parent(values, path)
     key = SCHEMA[path]
     limits = [limit for limit in (key.low, key.high) if limit is not None] or [0]
@@ -113,7 +113,7 @@ _DAMAGES: tuple[Callable[[dict, str, random.Random], str], ...] = (
 
 
 def problem_of(config: ConfigDict, n_devices: int) -> str:
-    """Return what is wrong with how a configuration was treated, or ""."""
+    """Return what is wrong with the checks' response to a configuration, or ""."""
     try:
         for path, value in OVERRIDES.items():
             set_value(config, path, value)
@@ -127,7 +127,7 @@ def problem_of(config: ConfigDict, n_devices: int) -> str:
 
 
 def _not_allowed(config: ConfigDict) -> Iterator[str]:
-    """Yield the values that the schema does not allow, judged without the library's own check."""
+    """Yield values that the schema does not allow, without using the library's own check."""
     for path, value in flatten(config):
         key = SCHEMA[path]
         types = {float: (int, float), tuple: (tuple, list)}.get(key.type, (key.type,))

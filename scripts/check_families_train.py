@@ -1,20 +1,20 @@
-"""Train every experiment small, kill it, resume it on the same and on another mesh, and use it.
+"""Train every experiment at small size, kill and resume it, also on another mesh, and use it.
 
     python scripts/check_families_train.py [--only REGEX] [--output TABLE.md] [--workdir DIR]
 
-Each variant of each experiment file is shrunk (`scripts/shrink.py`); of those that are then alike
-one is tried. It trains 6 steps on a mesh of two devices, and again, ended by SIGKILL before the
-second checkpoint. The columns of the table that is printed and written:
+Each variant of each experiment file is shrunk (`scripts/shrink.py`); of identical ones
+only one is tried. It trains 6 steps on a mesh of two devices, and again, ended by SIGKILL before
+the second checkpoint. The table that is printed and written has the columns:
 
     train   the losses are finite
-    resume  the killed run, continued on its mesh, has the same losses and evaluations, to the bit
+    resume  the killed run, continued on its mesh, has bitwise the same losses and evaluations
     mesh    so has, within 1e-5, a copy continued on another mesh
     eval    `lm eval` of the run gives its last evaluation
-    decode  `lm generate` writes, with a cache, the likeliest tokens of the full forward pass
-    export  what `lm export` and `lm import` bring back has the run's parameters and configuration
+    decode  `lm generate`, with a cache, writes the most likely tokens of the full forward pass
+    export  after `lm export` and `lm import`, parameters and configuration are the same
 
-A dash: the model does not decode, or no class of transformers is like it. Exit code 1 if a cell
-holds something else than "yes" or a dash. A variant takes about half a minute of one core.
+A dash: the model does not decode, or transformers has no such class. Exit code 1 if a cell
+has anything other than "yes" or a dash. A variant takes about half a minute of one core.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def get_config():
 
 
 def meshes(config: ConfigDict) -> tuple[str, str]:
-    """Return the mesh that a configuration trains on, and the one that it is resumed on."""
+    """Return the meshes on which a configuration is trained and resumed."""
     other = "data=2 expert=2" if config.model.n_experts else "tensor=2"
     return "fsdp=2", other
 
@@ -72,7 +72,7 @@ def meshes(config: ConfigDict) -> tuple[str, str]:
 def chosen_variants(only: str, data: Path) -> dict[str, ConfigDict]:
     """Return the small configurations of the variants whose name matches, by FILE:VARIANT.
 
-    Of those that are alike but for rates only the first is there.
+    Only the first of several that differ just in the learning rate is included.
     """
     found: dict[str, ConfigDict] = {}
     alike = set()
@@ -92,7 +92,7 @@ def chosen_variants(only: str, data: Path) -> dict[str, ConfigDict]:
 def run_apart(function: Callable[..., Any], *args: Any) -> tuple[int, str, Any]:
     """Call a function in a fork of this process; return its exit code, its output and its result.
 
-    Importing the libraries takes longer than most of what is called.
+    Importing the libraries takes longer than most of the calls.
     """
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
@@ -116,7 +116,7 @@ def run_apart(function: Callable[..., Any], *args: Any) -> tuple[int, str, Any]:
 
 
 def train(experiment: Path, workdir: Path, mesh: str, kill: bool = False) -> None:
-    """Train a run on a mesh; with `kill`, end by SIGKILL when the last checkpoint would begin."""
+    """Train a run on a mesh; with `kill`, end by SIGKILL when the last checkpoint would start."""
     from lm.runs.checkpoints import Checkpoints
 
     save = Checkpoints.save
@@ -186,7 +186,7 @@ def evaluated(workdir: Path) -> str:
 
 
 def decoded(workdir: Path) -> str:
-    """Compare greedy decoding with the full forward pass, with parameters far from their start."""
+    """Compare greedy decoding with the full forward pass, with perturbed parameters."""
     import jax
 
     from lm.api import load_run
@@ -266,7 +266,7 @@ def exported(workdir: Path, folder: Path) -> str:
 
 
 def used(workdir: Path, folder: Path) -> dict[str, str]:
-    """Return the columns of what comes after the training."""
+    """Return the columns of the checks after training."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 2)

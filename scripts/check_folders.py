@@ -1,12 +1,12 @@
-"""Import hostile Hugging Face folders: used as `transformers` uses them, or refused in one line.
+"""Import hostile Hugging Face folders: used as in `transformers`, or refused in one line.
 
     python scripts/check_folders.py [--cases 200] [--seed 0] [--workdir DIR] [--only NAME]
 
 Small random models of every family, with every kind of vocabulary, are damaged in one place: a
-value of a JSON file, a file's bytes, a header, an index. `lm import`, `lm generate` and `lm export`
-read the result. Wrong are a traceback, a crash, a minute without an end, an error of several lines,
-and ids or logits other than those of `transformers` where both accept the folder. Exit code 1 if a
-case is wrong; its folder is kept in --workdir.
+value in a JSON file, a file's bytes, a header, an index. `lm import`, `lm generate` and `lm export`
+read the result. Faults are a traceback, a crash, a minute without an end, an error of several
+lines, and ids or logits other than those of `transformers` if both accept the folder. Exit code 1
+if there are any; their folders are kept in --workdir.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ HOSTILE = [
 
 
 def write_byte_level(folder, special):
-    """Write the tokenizer.json of a byte-level BPE whose texts begin with the first special one."""
+    """Write the tokenizer.json of a byte-level BPE, whose texts start with special[0]."""
     import tokenizers
     from tokenizers import decoders, normalizers
     from tokenizers import pre_tokenizers as pre
@@ -86,7 +86,7 @@ def write_merges(folder, special):
 
 
 def byte_ids():
-    """Return the ids of bytes and of what `MERGES` make of them."""
+    """Return the ids of bytes and of merged pairs."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     names = [*sorted(ByteLevel.alphabet()), *map("".join, MERGES)]
@@ -94,7 +94,7 @@ def byte_ids():
 
 
 def write_sentencepiece(name, kind):
-    """Return a function that writes a SentencePiece model and a token beyond it."""
+    """Return a function that writes a SentencePiece model and an additional token."""
     import sentencepiece
 
     def write(folder, special):
@@ -236,7 +236,7 @@ def damage_json(file, rng):
 
 
 def damage_bytes(file, rng):
-    """Damage a file whatever it holds; return what was done."""
+    """Damage a file of any kind; return what was done."""
     content = file.read_bytes()
     at = rng.randrange(1, max(2, len(content)))
     flipped = bytearray(content)
@@ -263,7 +263,7 @@ def damage_bytes(file, rng):
 
 
 def damage_place(file, rng):
-    """Replace a file by something that is no readable file; return what."""
+    """Replace a file by something unreadable; return what."""
     content = file.read_bytes()
     file.unlink()
     way = rng.choice(["missing", "folder", "dangling", "loop", "link"])
@@ -343,7 +343,7 @@ def run_lm(*words):
 
 
 def problem_of(code, err):
-    """Return what is wrong with how a command ended; None if nothing."""
+    """Return what is wrong with how a command ended, or None."""
     lines = [line for line in err.splitlines() if line.strip()]
     if code == 0:
         return None
@@ -356,7 +356,7 @@ def problem_of(code, err):
 
 
 def check_folder(folder):
-    """Return (what is wrong or None, what came of it)."""
+    """Return (problem or None, outcome)."""
     run, out = folder.parent / "run", folder.parent / "out"
     code, err, _ = run_lm("import", "--from", folder, "--workdir", run)
     if problem := problem_of(code, err):
@@ -378,7 +378,7 @@ def check_folder(folder):
 
 
 def compare(folder, run):
-    """Return how ids or logits differ from those of `transformers`, where it reads the folder."""
+    """Return how ids or logits differ from those of `transformers`, if it reads the folder."""
     import jax
     import numpy as np
     import torch
@@ -437,7 +437,7 @@ def compare(folder, run):
 
 
 def work():
-    """Check the folders that are named on stdin, one a line; write the results as JSON lines."""
+    """Check the folders named on stdin, one per line; write the results as JSON lines."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -457,7 +457,7 @@ class Worker:
         self.process = None
 
     def check(self, folder):
-        """Return the result of one folder."""
+        """Return the result for one folder."""
         if self.process is None or self.process.poll() is not None:
             words = [sys.executable, __file__, "--worker"]
             self.process = subprocess.Popen(

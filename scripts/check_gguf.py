@@ -1,12 +1,12 @@
-"""Compare GGUF exports as llama.cpp runs them with this library: logits, greedy tokens, token ids.
+"""Compare llama.cpp on GGUF exports with this library: logits, greedy tokens, token ids.
 
     python scripts/check_gguf.py write FOLDER [NAME …]     # with lm's environment
     python scripts/check_gguf.py run FOLDER                # where llama-cpp-python is; without lm
 
-`write` makes small random models of each architecture, exports them, and writes what this library
-computes; with $LM_DATA_DIR also stories260K, a trained Llama with a SentencePiece tokenizer, and
-GPT-2's byte-level BPE. `run` reads the files with llama.cpp (pip install llama-cpp-python builds
-it with cmake) and exits with 1 if greedy tokens, token ids or logits differ.
+`write` creates small random models of each architecture, exports them, and writes the results of
+this library; with $LM_DATA_DIR also stories260K, a trained Llama with a SentencePiece tokenizer,
+and GPT-2's byte-level BPE. `run` reads the files with llama.cpp (pip install llama-cpp-python
+builds it with cmake) and exits with 1 if greedy tokens, token ids or logits differ.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEXTS = [
 
 
 def models() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Their class and configuration, by name."""
+    """Return class and configuration by name."""
     import hf_models as hf
 
     wide = {"hidden_size": 64, "intermediate_size": 96, "rms_norm_eps": 1e-5}
@@ -63,7 +63,7 @@ def models() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def expectations(workdir: Path, prompts: list[list[int]], n_new: int) -> list[dict[str, Any]]:
-    """Logits after each prompt, and the greedy tokens that follow."""
+    """Compute logits after each prompt, and the greedy tokens that follow."""
     import jax
 
     from lm.decoding.controls import Controls
@@ -82,7 +82,7 @@ def expectations(workdir: Path, prompts: list[list[int]], n_new: int) -> list[di
 
 
 def write(folder: Path, chosen: list[str]) -> None:
-    """Export each model, and write what this library computes."""
+    """Export each model, and write the results of this library."""
     import hf_models
 
     from lm.cli import main
@@ -123,7 +123,7 @@ def write(folder: Path, chosen: list[str]) -> None:
 
 
 def run(folder: Path) -> bool:
-    """Read the files with llama.cpp, and compare."""
+    """Read the files with llama.cpp, and compare the results."""
     import llama_cpp
 
     right = True

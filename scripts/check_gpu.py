@@ -1,16 +1,17 @@
-"""Check of this machine's GPU: kernels against plain attention, and speed beside what was planned.
+"""Check this machine's GPU: kernels against plain attention, and speed against the plan.
 
     python scripts/check_gpu.py [--output check_gpu.json] [--minutes 8] [--dry-run]
 
 On the first GPU, in at most `--minutes`: values and gradients of each attention kernel that the GPU
-has, and their time; training steps of GPT-2 1558m, Llama 3.2 1B with packed documents and a
-mixture of experts, each beside the bound that `lm plan` computes from the same compiled program;
+supports, and their time; training steps of GPT-2 1558m, Llama 3.2 1B with packed documents and a
+mixture of experts, each next to the bound that `lm plan` computes from the same compiled program;
 decoding.
-One line a check is printed, and all figures are in the output. Parts that the time does not suffice
-for are named there. The exit code is 1 if a kernel is wrong or a part fails, and 2 without a GPU.
+One line per check is printed, and all figures are in the output, which also names the parts that
+did not fit into the time. The exit code is 1 if a kernel is wrong or a part fails, and 2 without a
+GPU.
 
 With --dry-run the same code runs on this machine's CPU with tiny shapes, and the kernel that can be
-interpreted there; the times mean nothing.
+interpreted there; the times are meaningless.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TOLERANCE = {"bfloat16": 3e-2, "float32": 1e-5}
 
 
 class Size(NamedTuple):
-    """Shapes of the checks: of attention rows, length, heads, key heads; then what is trained."""
+    """Shapes of the checks: attention rows, length, heads, key heads; then the trained models."""
 
     attention: tuple[int, int, int, int]
     head_dims: tuple[int, ...]
@@ -147,7 +148,7 @@ def check_kernels(size: Size, dry: bool, end: float) -> Iterator[dict[str, Any]]
 
 
 def _problem(kernel: str, mask: AttentionMask, softcap: float, head_dim: int) -> str:
-    """Return why a kernel has no such attention, or ""."""
+    """Return why a kernel does not support an attention, or ""."""
     if kernel == "triton":
         return ""
     if kernel == "cudnn" and (softcap or cudnn_takes_arrays(mask)):
@@ -191,7 +192,7 @@ def built(file: str, values: dict[str, Any]) -> Experiment:
 
 
 def check_training(file: str, values: dict[str, Any], n: int) -> dict[str, Any]:
-    """Return the time of a step and what was planned for the same program."""
+    """Return the measured time of a step and the plan for the same program."""
     experiment = built(file, values)
     device = jax.devices()[0]
     before = (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -229,7 +230,7 @@ def check_training(file: str, values: dict[str, Any], n: int) -> dict[str, Any]:
 
 
 def _batch(experiment: Experiment) -> dict[str, jax.Array]:
-    """Return a batch of random tokens in eight documents a row."""
+    """Return a batch of random tokens with eight documents per row."""
     rng = np.random.default_rng(0)
     made = {}
     for name, shape in batch_shapes(experiment).items():
@@ -247,7 +248,7 @@ def _batch(experiment: Experiment) -> dict[str, jax.Array]:
 def check_decoding(
     file: str, values: dict[str, Any], rows: int, cached: int, steps: int
 ) -> dict[str, Any]:
-    """Return the tokens a second of greedy decoding, and how many weights alone would allow."""
+    """Return tokens per second of greedy decoding, and the limit set by reading the weights."""
     experiment = built(file, values)
     n_ids = experiment.config.model.vocab_size
     experiment, params = prepare(experiment, experiment.init_state().params)
@@ -272,7 +273,7 @@ def _chip() -> Chip:
 
 
 def parts(size: Size, dry: bool, end: float) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield the checks by name, the most important first."""
+    """Yield the checks by name, most important first."""
     for name, (file, values) in size.training.items():
         yield f"training: {name}", partial(check_training, file, values, 2 if dry else 10)
     yield "decoding", partial(check_decoding, *size.decoding)
@@ -280,7 +281,7 @@ def parts(size: Size, dry: bool, end: float) -> Iterator[tuple[str, Callable[[],
 
 
 def text(result: Any) -> str:
-    """Format a result as words; nested ones in brackets."""
+    """Format a result as text, with nested ones in brackets."""
     if isinstance(result, dict):
         return ", ".join(
             f"{key} ({text(x)})" if isinstance(x, dict) else f"{key} {text(x)}"

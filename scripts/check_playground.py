@@ -1,4 +1,4 @@
-"""Use the playground of `lm serve` in Chromium as people do, and look for errors.
+"""Use the playground of `lm serve` in Chromium like a user, and look for errors.
 
     python scripts/check_playground.py SCREENSHOTS
 
@@ -93,7 +93,7 @@ class Browser:
         return self.ask("se/log", type=kind)
 
     def close(self) -> None:
-        """End it."""
+        """Close the browser."""
         httpx.delete(self._url, timeout=60)
 
 

@@ -1,14 +1,14 @@
 """Compare the preference objectives with TRL's trainers on the same tiny weights and batch.
 
-    pip install trl==1.16.0   # beside what the suite needs
+    pip install trl==1.16.0   # in addition to the requirements of the tests
     python scripts/check_preferences.py [--write tests/objectives/trl_preferences.json]
 
 A random Llama and a random GPT-2 of `transformers`, each with another one as reference, read a
-batch of seven pairs (of records for KTO), some cut. Printed are, of every objective, TRL's loss and
-the largest relative difference of the loss, of the figures that both log, and of the gradient of
-every parameter. Sides: `DPOTrainer`, `KTOTrainer`, `RewardTrainer` and the loss functions of
-`ORPOTrainer` and `CPOTrainer` (SimPO), in float32 on a CPU. --write keeps log-probabilities and
-losses for the suite. Exit code 1 if a difference is above 1e-4.
+batch of seven pairs (of records for KTO), some of them cut. For every objective it prints TRL's
+loss and the largest relative difference of the loss, of the figures that both log, and of the
+gradient of every parameter. TRL's side: `DPOTrainer`, `KTOTrainer`, `RewardTrainer` and the loss
+functions of `ORPOTrainer` and `CPOTrainer` (SimPO), in float32 on a CPU. --write saves
+log-probabilities and losses for the tests. Exit code 1 if a difference is above 1e-4.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 class Case:
-    """One architecture: weights, reference, and the batch that both sides read."""
+    """One architecture: weights, reference, and the batch for both sides."""
 
     def __init__(self, name: str, folder: Path):
         self.folder, self.config = folder, MODELS[name]
@@ -129,7 +129,7 @@ class Case:
         self.model, self.reference = self.make(0), self.make(1)
 
     def make(self, seed: int, kind: Any = transformers.AutoModelForCausalLM, **more: Any) -> Any:
-        """Return a random model, whose weights are large enough to tell tokens apart."""
+        """Return a random model whose weights are large enough to distinguish tokens."""
         torch.manual_seed(seed)
         config = type(self.config)(**{**self.config.to_dict(), **more})
         model = kind.from_config(config, dtype=torch.float32)
@@ -140,7 +140,7 @@ class Case:
         return model
 
     def arguments(self, kind: Any, **options: Any) -> Any:
-        """Return the arguments of a trainer of TRL."""
+        """Return the arguments for a TRL trainer."""
         return kind(
             output_dir=str(self.folder / "trl"),
             per_device_train_batch_size=len(self.pairs),
@@ -217,7 +217,7 @@ class Case:
         return self.against(trainer, "reward", {"reward_centering": 0.1}, fit, LENGTH + 1)
 
     def examples(self, unpaired: bool = False) -> list[Any]:
-        """Return the pairs as an objective takes them."""
+        """Return the pairs in the format of an objective."""
         records = []
         for i, pair in enumerate(self.pairs):
             tokens = {part: np.asarray(ids, np.int32) for part, ids in pair.items()}
@@ -294,7 +294,7 @@ class Case:
         }
 
     def imported(self, model: Any) -> tuple[Any, Any]:
-        """Return the parameters of a model of transformers, and the configuration of a run."""
+        """Return the parameters of a transformers model, and the configuration of a run."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))  # its files stay mapped
         model.save_pretrained(folder)
         found = open_model_folder(folder)
@@ -320,13 +320,13 @@ FIGURES = {
 
 
 def log_probs(objective: Any, model: Any, params: Any, arrays: Any) -> list[list[float]]:
-    """Return the summed log-probabilities of both halves of each row, which a test starts from."""
+    """Return the summed log-probabilities of both halves of each row, used by a test."""
     found = jax.jit(nn.apply(objective.predict, model))({"params": params}, arrays)
     return np.asarray(found).tolist()
 
 
 def with_gradients(model: Any) -> Any:
-    """Return the model with its gradients in place of its parameters."""
+    """Return the model with gradients instead of parameters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else 0 * parameter)
@@ -334,7 +334,7 @@ def with_gradients(model: Any) -> Any:
 
 
 class FunctionOf:
-    """A loss function of TRL's ORPO or CPO trainer as a trainer of its own."""
+    """Trainer around a loss function of TRL's ORPO or CPO trainer."""
 
     def __init__(self, name: str, case: Case, options: dict[str, Any]):
         self.name, self.case, self.model = name, case, case.make(0)

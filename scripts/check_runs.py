@@ -1,11 +1,11 @@
-"""Damage files of a run at random: each verb gives what it gave before, or ends with one line.
+"""Damage run files at random: each verb gives the same result, or ends with one line.
 
     python scripts/check_runs.py [--n 300] [--seed 0]
 
-A tiny run is trained in a temporary folder, to be continued. In each of its copies one file (of the
+A tiny run is trained in a temporary folder, to be continued. In each copy of it one file (of the
 run, its checkpoints or its token store) is cut, emptied, overwritten, removed, or replaced by a
-folder or link. Then a verb reads the copy: train, eval, generate, report or merge. Printed are
-tracebacks, errors of several lines, and results that differ from those of the whole run; the exit
+folder or link. Then a verb reads the copy: train, eval, generate, report or merge. It prints
+tracebacks, errors of several lines, and results that differ from those of the intact run; the exit
 code is then 1.
 """
 
@@ -43,7 +43,7 @@ def get_config():
 
 
 def run(*words: object) -> tuple[int, str, str]:
-    """Run a command of lm in this process; return its code and what it printed."""
+    """Run a command of lm in this process; return its code and output."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = lm([str(word) for word in words])
@@ -79,7 +79,7 @@ def _overwrite(file: Path, rng: random.Random) -> None:
 
 
 def _retype(file: Path, rng: random.Random) -> None:
-    """Give a value of a JSON file another type."""
+    """Change the type of a value in a JSON file."""
     try:
         root = json.loads(file.read_bytes())
     except ValueError:
@@ -117,13 +117,13 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """Return the losses of the steps that a continued run makes."""
+    """Return the losses of the steps added by a continued run."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row and row["step"] > 6}
 
 
 def words_of(verb: str, experiment: Path, folder: Path) -> list[object]:
-    """Return the command of a verb that reads the run in a folder."""
+    """Return the command line of a verb for the run in a folder."""
     given: dict[str, list[object]] = {
         "train": ["--config", experiment, f"--config.data.cache_directory={folder}/cache"],
         "eval": ["--json", f"--config.data.cache_directory={folder}/cache"],
@@ -135,7 +135,7 @@ def words_of(verb: str, experiment: Path, folder: Path) -> list[object]:
 
 
 def result_of(verb: str, folder: Path, out: str) -> object:
-    """Return what must not differ."""
+    """Return the results that must not differ."""
     if verb == "train":
         return losses(folder / "run")
     return {"eval": out, "generate": out}.get(verb, "")

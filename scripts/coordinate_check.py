@@ -48,7 +48,7 @@ def first_batch():
 
 
 def draw(measured, widths, steps):
-    """Plot the parametrizations in rows and the outputs in columns, one line a step."""
+    """Plot the parametrizations in rows and the outputs in columns, one line per step."""
     figure, axes = subplots(2, len(WATCHED), figsize=(9.5, 5.6), sharex=True, sharey="col")
     for row, (name, by_width) in zip(axes, measured.items(), strict=True):
         for ax, what in zip(row, WATCHED, strict=True):

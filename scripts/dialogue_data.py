@@ -5,11 +5,11 @@
     python scripts/dialogue_data.py pairs ROWS.jsonl REPLIES.jsonl OUT.jsonl [--matched OUT.jsonl]
     python scripts/dialogue_data.py bits SCORES.jsonl
 
-`excerpts`: texts of the held-out files of the standard library, for `lm score`, so that it shows
-what fine-tuning forgets. `prompts`: rows drawn at random, each prompt once. `pairs`: preference
-pairs; chosen is the row's reference, rejected what a model replied. A pair is left out if both say
-the same but for white space, or the reply is blank. `--matched` writes those of which the lengths
-in characters differ by at most a tenth, at least one. `bits`: bits a byte of scored texts.
+`excerpts`: texts of the held-out files of the standard library, for `lm score`, to measure
+what fine-tuning forgets. `prompts`: random rows, each prompt once. `pairs`: preference
+pairs; the row's reference is chosen, a model's reply rejected. A pair is left out if both are equal
+except for white space, or the reply is blank. `--matched` writes those whose lengths in characters
+differ by at most a tenth, or by one. `bits`: bits per byte of scored texts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXCERPTS, CHARACTERS = 1000, 250
 
 
 def excerpts(args: argparse.Namespace) -> None:
-    """Write the first lines of each held-out file, and the next, until there are enough."""
+    """Write excerpts of each held-out file in turn, until there are enough."""
     source = StandardLibrary("", default().data, "validation")
     parts = []
     for _, text in source._documents():
@@ -52,7 +52,7 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def pairs(args: argparse.Namespace) -> None:
-    """Write the pairs of references and replies that differ."""
+    """Write the pairs of differing references and replies."""
     rows, replies = read(args.rows), read(args.replies)
     made = []
     for row, reply in zip(rows, replies, strict=True):
@@ -68,7 +68,7 @@ def pairs(args: argparse.Namespace) -> None:
 
 
 def bits(args: argparse.Namespace) -> None:
-    """Print the bits a byte of the texts that `lm score` scored."""
+    """Print the bits per byte of the texts scored by `lm score`."""
     texts = [text for row in read(args.scores) for text in row["continuations"]]
     nats = -sum(text["log_likelihood"] for text in texts)
     n_bytes = sum(len(text["text"].encode()) for text in texts)

@@ -1,4 +1,4 @@
-"""Plot loss over learning rate, one line a width: standard parametrization and muP.
+"""Plot loss over learning rate, one line per width: standard parametrization and muP.
 
     python scripts/learning_rate_width.py --workdir runs/rate_width --output FILE.png
 

@@ -1,11 +1,12 @@
-"""Load on a running `lm serve`: many clients at once, among them bad ones, and what came of it.
+"""Load test of a running `lm serve`: many clients at once, some of them misbehaving.
 
     lm serve --workdir runs/stdlib --port 8000 &
     python scripts/load_serve.py --url http://localhost:8000 --pid $! --clients 200 --seconds 60
 
-Clients ask with seeds, abort, send bad JSON and prompts that are too long, read slowly, or are
-processes that are killed. Fails if the server answers with a status of 500 or above, a reply with
-a seed is not the one of the idle server, or memory (of process --pid) grows after the first third.
+Clients send requests with seeds, abort, send bad JSON and prompts that are too long, read slowly,
+or are processes that are killed. Fails if the server answers with a status of 500 or above, a
+seeded reply differs from that of the idle server, or the memory (of process --pid) grows after the
+first third.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     lm params --all --json | python scripts/papers.py > experiments/PAPERS.md
 
-Sizes and costs are computed from the configurations. The paper's own number and the expected
-result are those of the table in the docstring of each experiment file.
+Sizes and costs are computed from the configurations. The paper's number and the expected
+result come from the table in the docstring of each experiment file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plan one model from 8 to 4,096 chips with a fixed batch a chip; write experiments/results/plans/.
+"""Plan a model on 8 to 4,096 chips, with constant batch per chip; write results/plans/.
 
     python scripts/plan_scaling.py
 
@@ -45,7 +45,7 @@ FLAT = 0.1  # largest relative variation of what should be constant, from 64 chi
 
 
 def plan(chips: int) -> dict[str, Any]:
-    """Return the bytes that a chip holds and sends."""
+    """Return the bytes that a chip stores and sends."""
     kept = FOLDER / "scaling.jsonl"
     lines = kept.read_text().splitlines() if kept.exists() else []
     for entry in map(json.loads, lines):

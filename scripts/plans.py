@@ -2,11 +2,11 @@
 
     python scripts/plans.py [PATTERN …]
 
-Each plan is saved at once as a line of experiments/results/plans/plans.jsonl: an interrupted run
-continues, and a configuration that was planned before is not planned again. Patterns such as
+Each plan is saved immediately as a line of experiments/results/plans/plans.jsonl: an interrupted
+run continues, and a configuration that was planned before is not planned again. Patterns such as
 'llama*' select FILE.py:VARIANT to plan; 'none' only writes the table. TPUs need the extra "tpu",
-GPUs "cuda12"; what cannot be planned here is reported and left out. A plan takes about a minute on
-an idle core.
+GPUs "cuda12"; targets that cannot be planned here are reported and left out. A plan takes about a
+minute on an idle core.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ LEFT = ("experiment", "topology", "mesh", "attention", "by")
 
 @dataclass(frozen=True)
 class Place:
-    """Target of a plan: topology, number of its slices, and overrides for it."""
+    """Target of a plan: topology, number of slices, and overrides."""
 
     name: str
     slices: int = 1
@@ -133,7 +133,7 @@ OTHERS: dict[str, tuple[Place, ...]] = {
 
 
 def config_of(name: str) -> ConfigDict:
-    """Return the configuration of FILE.py:VARIANT as it is planned."""
+    """Return the configuration of FILE.py:VARIANT for planning."""
     config = load_config(str(ROOT / "experiments" / name))
     if not config.model.vocab_size and config.data.tokenizer != "byte":
         # The size of the tokenizer once it is trained; its corpus need not be here.
@@ -154,7 +154,7 @@ def parameters(name: str) -> int:
 
 
 def places(name: str) -> Iterator[Place]:
-    """Yield the topologies that divide the batch and likely have room, the smallest first."""
+    """Yield topologies that divide the batch and probably have enough memory, smallest first."""
     if not importlib.util.find_spec("libtpu"):
         return
     costs = cost_model(name)
@@ -178,7 +178,7 @@ def places(name: str) -> Iterator[Place]:
 
 
 def tokens_of(experiment: Experiment) -> int:
-    """Return the tokens of a step, of sources and targets."""
+    """Return the tokens per step, of sources and targets."""
     return experiment.config.data.batch_size * tokens_per_row(experiment)
 
 
@@ -191,7 +191,7 @@ def plan(name: str, place: Place) -> Plan:
 
 
 def key_of(name: str) -> str:
-    """Return a digest of the keys that a plan depends on and the experiment sets."""
+    """Return a digest of the keys that affect a plan and that the experiment sets."""
     usual = dict(flatten(default()))
     values = {
         path: value
@@ -209,7 +209,7 @@ def kept() -> Kept:
 
 
 def planned(name: str, place: Place, before: Kept, chosen: bool) -> Plan | None:
-    """Return the saved plan or, if the experiment is `chosen`, plan now and save."""
+    """Return the saved plan; if the experiment is `chosen`, plan now and save."""
     key = key_of(name), str(place)
     if key not in before and chosen:
         print(f"{name} on {place}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Prove that a change leaves training as it was, to the last bit.
+"""Prove that a change leaves training bitwise unchanged.
 
     python scripts/proof_of_value.py record --checkout OLD --output before.json
     python scripts/proof_of_value.py record --checkout NEW --output after.json
@@ -169,7 +169,7 @@ MESHES = {
 
 
 def runs() -> Iterator[tuple[str, str, str]]:
-    """Yield the name, the changed keys and the mesh of every run; no mesh is one device."""
+    """Yield name, changed keys and mesh of every run; no mesh means one device."""
     for name, keys in VARIANTS.items():
         yield f"{name} [1 device]", keys, ""
         mesh = EXPERT_MESH if "n_experts" in keys else MESH
@@ -179,7 +179,7 @@ def runs() -> Iterator[tuple[str, str, str]]:
 
 
 def write_data(folder: Path) -> None:
-    """Write small corpora whose regularities a model learns in a few steps."""
+    """Write small corpora with regularities that a model learns in a few steps."""
     words = ["the", "a", "small", "big", "model", "reads", "every", "token", "of", "text", "now"]
     english = ["one", "two", "three", "four", "five"]
     german = ["eins", "zwei", "drei", "vier", "fünf"]
@@ -239,7 +239,7 @@ def train_command(folder: Path, workdir: Path, keys: str, mesh: str) -> list[str
 
 
 def run_lm(checkout: Path, words: list[str], log: Path) -> None:
-    """Run `python -m lm WORDS` in this process, which is a fork, with its output in a file."""
+    """Run `python -m lm WORDS` in this process, which is a fork, with output to a file."""
     with log.open("wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -332,7 +332,7 @@ def record(checkout: Path, output: Path, only: str, cache: Path | None, jobs: in
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print the runs of `before` whose losses differ in `after`; return 1 if there is one."""
+    """Print the runs of `before` whose losses differ in `after`; return 1 if there are any."""
     old, new = (json.loads(file.read_text()) for file in (before, after))
     if old["versions"] != new["versions"]:
         print(f"different versions: {old['versions']}, {new['versions']}")

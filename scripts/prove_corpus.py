@@ -1,15 +1,15 @@
-"""Prove the rules of `lm corpus` on dirty data: plant faults, and count what each rule finds.
+"""Test the rules of `lm corpus` on dirty data: plant faults, and count what each rule finds.
 
     LM_DATA_DIR=DATA python scripts/prove_corpus.py FOLDER [--workers N]
 
-$LM_DATA_DIR holds wikitext2/, sentencepiece/botchan.txt, chinese/, multi30k/ and sst2/ (where they
-come from: experiments/RESULTS.md). Documents are paragraphs of WikiText-2, lines of botchan, poems
-and sentences in Chinese, and modules of the standard library. Planted are near and exact
+$LM_DATA_DIR has wikitext2/, sentencepiece/botchan.txt, chinese/, multi30k/ and sst2/ (for their
+origin see experiments/RESULTS.md). Documents are paragraphs of WikiText-2, lines of botchan, poems
+and sentences in Chinese, and modules of the standard library. Planted faults are near and exact
 duplicates, personal data, sentences of test sets, German, and boilerplate. Each rule then runs
-alone on all documents. Recall is the share of its faults that it found; precision is the share of
-faults of its kind in what it took out, of duplicates those that share 30 % of their 5-grams with
-another document, planted or not, or of masks in what it masked outside the standard library,
-which has addresses of its own. FOLDER/all has the card of all rules together. The table is that of
+alone on all documents. Recall is the fraction of its faults that it found. Precision is the
+fraction of such faults in what it removed; for duplicates, of removed documents that share 30 % of
+their 5-grams with another one, planted or not; for masks, of those outside the standard library,
+which contains real addresses. FOLDER/all has the card of all rules together. The table is that of
 experiments/RESULTS.md.
 """
 
@@ -37,9 +37,9 @@ from lm.tools.corpus.corpus_run import make_corpus
 from lm.tools.corpus.text_blocks import UnicodeWords
 
 DATA = Path(os.environ.get("LM_DATA_DIR", "."))
-N = 200  # faults of a kind
-RATES = (1, 5, 10, 15, 20)  # percent of words that a near duplicate has changed
-LONG = 100  # words of a paragraph that is copied
+N = 200  # faults of each kind
+RATES = (1, 5, 10, 15, 20)  # percent of words changed in a near duplicate
+LONG = 100  # words of a copied paragraph
 RULES = (
     *("language", "gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality"),
     *("exact_duplicates", "near_duplicates", "decontamination", "personal_data"),
@@ -68,7 +68,7 @@ def paragraphs() -> list[str]:
 
 
 def edited(text: str, percent: int, words: list[str], rng: random.Random) -> str:
-    """Return a text with a share of its words replaced by others."""
+    """Return a text with a fraction of its words replaced."""
     found = text.split(" ")
     for at in rng.sample(range(len(found)), max(1, round(len(found) * percent / 100))):
         found[at] = rng.choice(words)
@@ -113,7 +113,7 @@ BOILERPLATE = {
 
 
 def documents(rng: random.Random) -> Iterator[dict[str, str]]:
-    """Yield all documents; "fault" says what was planted, and "of" a copy's original."""
+    """Yield all documents; "fault" names the planted fault, and "of" a copy's original."""
     clean = paragraphs()
     rng.shuffle(clean)
     vocabulary = sorted({word for text in clean[:500] for word in text.split()})
@@ -186,7 +186,7 @@ def configuration(folder: Path, name: str, rules: tuple[str, ...]) -> ConfigDict
 def run(
     folder: Path, name: str, rules: tuple[str, ...], workers: int
 ) -> tuple[dict[str, str], float]:
-    """Run rules; return the texts that are left by id, and the seconds."""
+    """Run rules; return the remaining texts by id, and the seconds."""
     file = folder / f"{name}.py"
     values = configuration(folder, name, rules).to_dict()
     file.write_text(f"def get_config():\n    return {values!r}\n")
@@ -228,7 +228,7 @@ def similarities(everything: dict[str, dict], names: set[str]) -> dict[str, floa
 
 
 def table_rows(everything: dict[str, dict], rule: str, left: dict[str, str]) -> Iterator[tuple]:
-    """Yield (fault, planted, found, taken out in all, of the kind) of a rule."""
+    """Yield (fault, planted, found, removed in total, of this kind) for a rule."""
     by_fault = defaultdict(list)
     for name, row in everything.items():
         by_fault[row["fault"]].append(name)

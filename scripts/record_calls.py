@@ -1,4 +1,4 @@
-"""Run a verb of lm, and record which files of lm/ its calls enter: a process of `structure.py`.
+"""Run a verb of lm, recording which files of lm/ its calls enter; used by `structure.py`.
 
     python scripts/record_calls.py VERB FOLDER OPTION …    (lm is found on PYTHONPATH)
 
@@ -27,10 +27,10 @@ from typing import Any
 
 
 class Recorder:
-    """Profile function that records the calls of functions of the package at `root`.
+    """Profile function that records calls between functions of the package at `root`.
 
-    What runs while a module of the package is being imported is left out. A thread's call from one
-    place in the code counts once, however often a loop passes it.
+    Code that runs while a module of the package is being imported is left out. A thread's call from
+    one place in the code counts once, however often a loop repeats it.
     """
 
     def __init__(self, root: Path, is_object: Callable[[Any], bool]):
@@ -45,7 +45,7 @@ class Recorder:
         sys.setprofile(self)
 
     def stop(self) -> None:
-        """Stop recording; remember which modules are loaded."""
+        """Stop recording; remember the loaded modules."""
         threading.setprofile(None)
         sys.setprofile(None)
         self.modules = self.modules or sorted(sys.modules)
@@ -90,7 +90,7 @@ class Recorder:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Return whether a module of lm is being imported."""
+    """Return whether a module of lm is currently being imported."""
     while frame is not None:
         module = frame.f_globals.get("__name__", "").partition(".")[0]
         if module == "lm" and frame.f_code.co_name == "<module>":

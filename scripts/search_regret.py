@@ -1,16 +1,16 @@
-"""Measure the regret of `lm plan --search`: its choice beside the best of what can be compiled.
+"""Measure the regret of `lm plan --search`: its choice compared with the best compiled plan.
 
     python scripts/search_regret.py [CASE …] [--minutes 10] [--limits 4 8 24] [--workers 1]
 
 A case is a small model on a small TPU slice. Its candidates (meshes, remat, microbatches) are
 compiled, the most promising by the cost model first, then all others, until the minutes of the case
-are over; then the search is repeated over what was compiled, with each limit. Printed are the best
-bound on the time of a step, and by how much the choice at each limit is slower. What a search takes
-that was not compiled before is compiled for it.
+are over; then the search is repeated over the compiled ones, with each limit. It prints the best
+bound on the time of a step, and how much slower the choice at each limit is. Plans that a search
+needs but that were not compiled before are compiled for it.
 
 A compiler is stopped when it has optimized the program and assigned its memory: plans read no more
 than that, and machine code takes ten times as long. Plans are kept in .cache/search_regret.jsonl,
-by candidate and versions of the compilers; the script goes on where it was interrupted.
+by candidate and compiler versions; an interrupted script continues from there.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ Plan = dict[str, Any]
 
 
 def send_plan(sender: connection.Connection, values: dict[str, Any], name: str) -> None:
-    """Compile a candidate until its program is optimized, send its plan, and end the process."""
+    """Compile a candidate up to the optimized program, send its plan, and end the process."""
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -163,7 +163,7 @@ class Case:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def plan(self, candidate: Candidate) -> Plan:
-        """Return the plan of a candidate, which is made unless it is kept."""
+        """Return the plan of a candidate, computing it if necessary."""
         key = self.key(candidate)
         if key not in self.plans:
             self.plans[key] = self._make(candidate)
@@ -198,7 +198,7 @@ class Case:
 
 
 def load_case(name: str) -> Case:
-    """Return a case with the plans that are kept of it."""
+    """Return a case with its saved plans."""
     experiment, place, overrides = CASES[name]
     config = load_config(str(ROOT / "experiments" / experiment), overrides)
     target = topology(place)
@@ -219,7 +219,7 @@ def compile_all(case: Case, minutes: float) -> int:
     """Compile promising and random candidates in turn until the minutes are over.
 
     Returns:
-        Number of candidates that are left.
+        Number of remaining candidates.
     """
     end = time.monotonic() + 60 * minutes
     promising = sorted(case.candidates, key=_likely_and_fast(case.capacity))
@@ -235,7 +235,7 @@ def compile_all(case: Case, minutes: float) -> int:
 
 
 def choice(case: Case, limit: int, workers: int) -> tuple[Candidate, Plan] | None:
-    """Return what the search chooses after so many compilations."""
+    """Return the choice of the search after `limit` compilations."""
     queue = CandidateQueue(case.candidates, case.capacity)
     running: list[Candidate] = []
     fitting = []
@@ -254,7 +254,7 @@ def choice(case: Case, limit: int, workers: int) -> tuple[Candidate, Plan] | Non
 
 
 def _as_object(plan: Plan) -> Any:
-    """Return what a search reads of a plan."""
+    """Return the parts of a plan that a search reads."""
     parts = {name: SimpleNamespace(**plan[name]) for name in ("time", "memory")}
     return SimpleNamespace(fits=plan["fits"], **parts)
 
@@ -265,7 +265,7 @@ def bound(plan: Plan) -> float:
 
 
 def shown(candidate: Candidate, plan: Plan) -> str:
-    """Return mesh, remat, microbatches and times of a plan in a line."""
+    """Format mesh, remat, microbatches and times of a plan."""
     overrides, terms = candidate.overrides, plan["time"]
     words = [f"{axis}={size}" for axis, size in plan["mesh"].items()]
     words += [f"remat={candidate.remat}", f"microbatches={overrides['train.microbatches']}"]

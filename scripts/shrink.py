@@ -1,4 +1,4 @@
-"""Small configurations of the same structure, for checks of many experiments."""
+"""Small configurations with the same structure, for checks of many experiments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lm.config import SCHEMA, set_value
 from lm.config.registries import OBJECTIVES
 
-# Largest values of keys that are sizes; smaller ones stay, and so does 0, which means a default.
+# Largest values of size keys; smaller ones are kept, and so is 0, which means a default.
 LARGEST = {
     **{"model.d_ff": 48, "model.vocab_size": 128, "model.max_length": 32, "model.window": 6},
     **{"model.expert_d_ff": 16, "model.shared_expert_d_ff": 32, "model.experts_per_token": 2},
@@ -26,7 +26,7 @@ LARGEST = {
     **{"train.loss_chunk": 8, "train.microbatches": 2, "train.steps_per_dispatch": 3},
     **{"lora.rank": 4, "checkpoint.keep_last": 2},
 }
-# Keys that name what is not there, or compare with other runs: as by default.
+# Keys that name missing files, or compare with other runs: set to defaults.
 RESET = (
     *("paper", "data.columns", "data.header", "data.test_source", "data.tokenizer_vocab_size"),
     *("data.bad_rows", "init.from", "init.fresh", "init.leave", "init.rename", "init.vectors"),
@@ -44,15 +44,15 @@ SOURCES = {  # by objective; documents elsewhere
 
 
 def shrunk(config: ConfigDict, data: Path, steps: int) -> ConfigDict:
-    """Return a configuration of the same structure whose model is small, in float32.
+    """Return a configuration with the same structure whose model is small, in float32.
 
-    What the layers are, in which order, and what divides what stays: grouped heads stay grouped, a
-    head as wide as d_model / n_heads stays so, and each kind of layer comes at least twice.
+    Types and order of layers and divisibility are kept: grouped heads stay grouped, a
+    head as wide as d_model / n_heads stays so, and each kind of layer occurs at least twice.
 
     Args:
         config: configuration of an experiment.
-        data: folder of the corpora that `write_data` (`scripts/proof_of_value.py`) writes.
-        steps: steps of the training, which is evaluated twice.
+        data: folder of the corpora written by `write_data` (`scripts/proof_of_value.py`).
+        steps: training steps, with two evaluations.
     """
     small = config.copy_and_resolve_references()
     for path in RESET:
@@ -93,7 +93,7 @@ def shrunk(config: ConfigDict, data: Path, steps: int) -> ConfigDict:
 
 
 def _shrink_heads(model: ConfigDict) -> None:
-    """Set two or four heads of 8 numbers, of which two share keys where some did."""
+    """Set two or four heads of 8 numbers; two of them share keys if some did."""
     heads, own_width = model.n_heads, model.head_dim * model.n_heads not in (0, model.d_model)
     if model.n_kv_heads not in (0, heads):
         model.n_kv_heads = min(2, model.n_kv_heads)
@@ -106,7 +106,7 @@ def _shrink_heads(model: ConfigDict) -> None:
 
 
 def _shrink_depth(model: ConfigDict) -> None:
-    """Set two periods of layers after the dense ones, and what is left over of a period."""
+    """Set two periods of layers after the dense ones, plus the remainder of a period."""
     every = (model.experts_every, model.global_every, model.nope_every)
     period = lcm(*(n or 1 for n in every))
     for name in ("n_layers", "n_decoder_layers"):

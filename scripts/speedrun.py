@@ -2,11 +2,11 @@
 
     python scripts/speedrun.py --output FILE.jsonl [--only VARIANT …] [--factors 1 0.5 2]
 
-Every variant runs at its rate times each factor on seed 0, then the best of them at their best rate
-on further seeds. FILE gets a line a run; runs that are in it are not repeated. The table of all
-that FILE has is printed in Markdown at the end, or alone by --factors without a number. Processor
-seconds are those of steps, all threads of this process together, without compilation and
-evaluations.
+Every variant runs at its rate times each factor with seed 0, then the best of them at their best
+rate with further seeds. FILE gets a line per run; runs that it already has are not repeated. The
+table of all runs in FILE is printed in Markdown at the end, or only that by --factors without a
+number. Processor seconds are those of steps, in all threads of this process together, without
+compilation and evaluations.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def best_runs(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
 
 
 def ranked(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the variants, the lowest mean last loss first."""
+    """Return the variants by mean last loss, lowest first."""
     means = {
         run["variant"]: statistics.mean(map(last_loss, best_runs(runs, run["variant"])))
         for run in runs
@@ -78,7 +78,7 @@ def ranked(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def table(runs: list[dict[str, Any]], target: float) -> str:
-    """Return the runs at the best rate of each variant as a Markdown table."""
+    """Format the runs at the best rate of each variant as a Markdown table."""
     lines = [
         f"| optimizer | rates tried | best | seeds | steps to {target} | processor s to it "
         "| processor s of a run | last loss |",

@@ -193,14 +193,14 @@ def cycles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
 
 
 def _siblings(start: str, end: str) -> tuple[str, str]:
-    """Cut two dotted names behind the first part in which they differ."""
+    """Cut two dotted names after the first part in which they differ."""
     parts = start.split("."), end.split(".")
     n = 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*parts, strict=False)))
     return ".".join(parts[0][:n]), ".".join(parts[1][:n])
 
 
 def measure_imports(checkout: Path) -> dict[str, Any]:
-    """Count files, lines and imports of lm/, and list what breaks their order."""
+    """Count files, lines and imports of lm/, and list violations of their order."""
     modules = read_package(checkout / "lm")
     room = {name: ".".join(name.split(".")[:2]) for name in modules}
     floor = {name: FLOOR_OF.get(room[name].partition(".")[2]) for name in modules}
@@ -252,7 +252,7 @@ def count_entries(entered: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def record(verb: str, checkout: Path, folder: str, *options: str) -> dict[str, Any]:
-    """Run `lm VERB` of a checkout in a process of its own; return what a `Recorder` saw."""
+    """Run `lm VERB` of a checkout in a separate process; return the results of a `Recorder`."""
     words = [sys.executable, "-P", RECORDER, verb, folder, *options]
     own = {"PYTHONPATH": str(checkout), "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(words, env=_environment(folder) | own, capture_output=True, text=True)
@@ -268,7 +268,7 @@ def _environment(folder: str) -> dict[str, str]:
 
 
 def _tiny(checkout: Path) -> list[str]:
-    """Return options of the tiny run: two steps of a decoder on the standard library."""
+    """Return options for the tiny run: two steps of a decoder on the standard library."""
     values = (f"--config.{path}={value}" for path, value in TINY.items())
     return [f"--config={checkout}/experiments/stdlib.py", *values]
 
@@ -315,7 +315,7 @@ def measure_call_paths(checkout: Path) -> dict[str, Any]:
 
 
 def measure_startup(checkouts: Sequence[Path], n: int) -> dict[str, Any]:
-    """Return the median seconds of three commands after a first turn that fills the caches."""
+    """Return the median seconds of three commands after a first round that fills the caches."""
     seconds: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in checkouts])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         copies = [Path(folder, str(i)) for i in range(len(checkouts))]  # Python's caches lie there
@@ -376,7 +376,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def faults(result: dict[str, Any], max_files: int, max_lines: int) -> list[str]:
-    """Return what `--check` does not allow."""
+    """Return the violations for `--check`."""
     if "upward" in result:
         keys = (
             "file cycles, module-level",

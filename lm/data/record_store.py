@@ -1,4 +1,4 @@
-"""Record store: the records of a task, encoded once and memory-mapped; packing of short ones."""
+"""Record store: task records, encoded once and memory-mapped; packing of short ones."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lm.progress import track
 from lm.storage import DamagedFolder, open_or_build, read_json, write_durably
 
 _FORMAT = 2
-_FEW = 128  # records; encoding them takes less time than starting processes
+_FEW = 128  # records that are encoded faster than processes start
 
 # Scripts without spaces between words: every character is a word, as in BERT's vocabulary.
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -36,7 +36,7 @@ _MARKS = "".join(chr(i) for i in range(0x10000) if unicodedata.category(chr(i))[
 _WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])[\w{_MARKS}])+|[^\w\s{_MARKS}]")
 
 
-WITH_OFFSETS = {"context", "words"}  # columns, of which a record has one at most
+WITH_OFFSETS = {"context", "words"}  # columns; a record has at most one of them
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ class RecordManifest:
         source_digest: digest of the records.
         tokenizer_digest: digest of the tokenizer.
         dtype: dtype of the tokens.
-        n_rows: records.
-        n_skipped: bad rows that were skipped.
+        n_rows: number of records.
+        n_skipped: number of bad rows that were skipped.
         first_skipped: problem with the first of them.
         n_tokens: tokens by column.
         n_bytes: bytes of UTF-8 text by column.
         checksums: CRC-32 of each block of each file.
         turns: columns that are conversations.
-        n_cut: conversations of which the last turns were cut off, because they did not fit.
-        n_dropped: conversations of which no turn that is learnt fits.
-        n_lost: tokens that would have been learnt, of those turns.
+        n_cut: conversations whose last turns were cut off because they did not fit.
+        n_dropped: conversations without any learned turn that fits.
+        n_lost: tokens to be learned that were cut off or dropped.
         length: longest conversation in tokens, or recording in positions; 0: any.
-        features: width of the features by column, float16 [frames, width] a record.
+        features: width of the features by column, float16 [frames, width] per record.
     """
 
     format: int
@@ -90,10 +90,10 @@ class Record:
         raw: the record as it was read.
         tokens: tokens of its texts by column, int32 [n] each, without bos and eos.
         starts: int32 [n]: token i of the context is raw["context"][starts[i]:ends[i]], and token
-            i of words is of word starts[i]; None without a context or words.
+            i of words belongs to word starts[i]; None without a context or words.
         ends: see `starts`.
-        turns: what is learnt of the conversations by column, int32 [n, 3]: first token, the token
-            after the last, index of the message.
+        turns: learned spans of the conversations by column, int32 [n, 3]: first token, end
+            token (exclusive), index of the message.
         features: features by column, float16 [frames, width] each, such as those of a recording.
     """
 
@@ -155,7 +155,7 @@ class RecordStore:
         return np.diff(self.arrays[f"{column}.offsets"])[self.rows]
 
     def n_learnt(self, column: str) -> np.ndarray:
-        """Return the number of tokens that are learnt of each conversation, int64 [n]."""
+        """Return the number of learned tokens in each conversation, int64 [n]."""
         spans = self.arrays[f"{column}.turns"].reshape(-1, 3)
         before = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])
         return np.diff(before[self.arrays[f"{column}.turns.offsets"] // 3])[self.rows]
@@ -172,7 +172,7 @@ def build_record_store(
     progress: bool = False,
     workers: int = 1,
 ) -> RecordStore:
-    """Open the store of records, tokenizing them first if the cache does not hold it.
+    """Open a record store, tokenizing the records first if it is not in the cache.
 
     The progress bar and the number of rows skipped go to stderr.
 
@@ -181,7 +181,7 @@ def build_record_store(
         tokenizer: tokenizer of their texts.
         cache_directory: folder of the cache.
         progress: show a progress bar.
-        workers: processes that encode, 0 for one a core; the store does not depend on it.
+        workers: processes that encode, 0 for one per core; the store does not depend on it.
 
     Returns:
         The store.
@@ -209,25 +209,25 @@ def build_record_store(
 
 
 def what_was_cut(manifest: RecordManifest) -> str:
-    """Return what was cut off or dropped of the conversations of a store, for people."""
+    """Describe how many conversations of a store were cut or dropped."""
     n = manifest.n_rows + manifest.n_dropped
     return (
         f"of {n:,} conversations {manifest.n_cut:,} cut after a turn and {manifest.n_dropped:,} "
-        f"dropped, for more than {manifest.length:,} tokens: {manifest.n_lost:,} that were to be "
-        "learnt are lost"
+        f"dropped, for more than {manifest.length:,} tokens: {manifest.n_lost:,} tokens to be "
+        "learned are lost"
     )
 
 
 class EncodedRecord(NamedTuple):
-    """Record as a store has it.
+    """Encoded record to be stored.
 
     Attributes:
         raw: the record.
         tokens: token ids by column.
-        turns: of columns that are conversations: what is learnt, int32 [n, 3] (`Record.turns`).
+        turns: learned spans by column, for conversations, int32 [n, 3] (`Record.turns`).
         n_bytes: bytes of UTF-8 text by column.
-        n_lost: tokens that would be learnt, but were cut off.
-        cut: turns were cut off.
+        n_lost: tokens to be learned that were cut off.
+        cut: whether turns were cut off.
         features: features by column, float16 [frames, width].
     """
 
@@ -241,12 +241,12 @@ class EncodedRecord(NamedTuple):
 
 
 class RecordEncoder(Protocol):
-    """Function from a record to what the store has of it: of a conversation, or of a recording.
+    """Function that encodes a record for the store, such as a conversation or a recording.
 
     Attributes:
-        key: all that it depends on beside the tokenizer.
+        key: all settings that affect the result besides the tokenizer.
         length: longest conversation in tokens, or recording in positions; 0: any.
-        n_together: records that a worker process encodes at once; 0: this process encodes.
+        n_together: records that a worker process encodes at once; 0: encode in this process.
     """
 
     n_together: ClassVar[int]
@@ -258,7 +258,7 @@ class RecordEncoder(Protocol):
     def length(self) -> int: ...
 
     def __call__(self, record: Fields) -> EncodedRecord | int:
-        """Return the record as it is stored, or how many tokens to learn are dropped with it.
+        """Return the encoded record, or the number of tokens to learn if it is dropped.
 
         Raises:
             BadRow: it cannot be encoded.
@@ -308,7 +308,7 @@ def _write(
 def _write_texts(
     rows: Iterable[tuple[Fields, str]], tokenizer: Tokenizer, writers: _Writers
 ) -> dict[str, Any]:
-    encode = lru_cache(2**16)(tokenizer.encode)  # contexts repeat, and so do their words
+    encode = lru_cache(2**16)(tokenizer.encode)  # contexts and their words repeat
     tokenize_context = lru_cache(16)(tokenize_with_offsets)
     for record, where in rows:
         for column in (column for column in TEXT_COLUMNS if column in record):
@@ -333,7 +333,7 @@ Encoded = EncodedRecord | int | BadRow
 def _encode(
     rows: Iterable[tuple[Fields, str]], encoder: RecordEncoder, workers: int
 ) -> Iterator[tuple[Encoded, str]]:
-    """Yield what an encoder makes of each record, and where it stands; many in processes."""
+    """Yield encoded records and their places; uses processes if there are many."""
     workers, n = workers or os.cpu_count() or 1, encoder.n_together
     rows = iter(rows)
     head = list(islice(rows, _FEW)) if n and workers > 1 else []
@@ -371,7 +371,7 @@ def _write_encoded(
     writers: _Writers,
     skipped: list[str],
 ) -> dict[str, Any]:
-    """Write what was encoded; return what the manifest says of it."""
+    """Write encoded records; return their counts for the manifest."""
     counts = Counter(n_cut=0, n_dropped=0, n_lost=0)
     turns: set[str] = set()
     widths: dict[str, int] = {}
@@ -397,13 +397,13 @@ def _write_encoded(
             f"{records.name}: no turn of any conversation fits into {encoder.length} tokens: set "
             "--config.data.sequence_length"
             if counts["n_dropped"]
-            else f"{records.name} holds no usable record; the first: {skipped[0]}"
+            else f"{records.name} has no usable record; the first: {skipped[0]}"
         )
     return {"turns": sorted(turns), "length": encoder.length, "features": widths, **counts}
 
 
 class _Writers:
-    """Writer of ragged arrays: NAME.bin holds the rows, NAME.offsets.bin their offsets."""
+    """Writer of ragged arrays: NAME.bin has the rows, NAME.offsets.bin their offsets."""
 
     def __init__(self, folder: Path, dtype: np.dtype):
         self._folder, self._dtype = folder, dtype
@@ -467,7 +467,7 @@ class TokenOffsets(NamedTuple):
 
 
 def tokenize_with_offsets(text: str, encode: Callable[[str], np.ndarray]) -> TokenOffsets:
-    """Tokenize a text word by word, under any tokenizer; tokens have the offsets of their word.
+    """Tokenize a text word by word, with any tokenizer; tokens get the offsets of their word.
 
     A word is a run of letters and digits, a single Chinese or Japanese character, or a single
     punctuation mark. Whitespace between two words counts as one space.
@@ -506,8 +506,8 @@ def tokenize_words(text: str, encode: Callable[[str], np.ndarray]) -> TokenOffse
 def _encode_after(before: str, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray:
     """Return the tokens that `text` adds to those of the character before it.
 
-    So a vocabulary that marks the start of words (T5's, ALBERT's) does not mark every comma. A text
-    that merges with that character, or becomes one unknown word with it, is encoded alone.
+    This avoids that a vocabulary that marks the start of words (T5's, ALBERT's) marks every comma.
+    A text that merges with that character, or becomes one unknown word with it, is encoded alone.
     """
     head, whole = encode(before), encode(before + text)
     if len(whole) > len(head) and (whole[: len(head)] == head).all():
@@ -549,8 +549,8 @@ class Packs:
 def pack_records(lengths: np.ndarray, limits: Sequence[int], seed: int) -> Packs:
     """Pack records by first-fit in a random order, so that no sum of lengths exceeds its limit.
 
-    A record goes to the first of the 64 open packs that has room, or opens one in place of the
-    fullest. A record that alone exceeds a limit has a pack of its own.
+    A record goes to the first of the 64 open packs that has room, or opens one that replaces the
+    fullest. A record that exceeds a limit alone gets its own pack.
 
     Args:
         lengths: [n, k], such as tokens of source and target.
@@ -583,7 +583,7 @@ def pack_records(lengths: np.ndarray, limits: Sequence[int], seed: int) -> Packs
 
 @dataclass(frozen=True, eq=False)
 class PackedRecords:
-    """Records of a store, several to a row as `packs` has them."""
+    """Records of a store, several per row according to `packs`."""
 
     store: RecordStore
     packs: Packs

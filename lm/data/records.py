@@ -1,7 +1,7 @@
-"""Records of a task, such as a sentence and its label: rows of files, checked and renamed.
+"""Task records, such as a sentence and its label: rows of files, checked and renamed.
 
-The files are TSV, CSV, line-aligned texts, SQuAD's JSON, CoNLL's columns; and rows of JSON lines.
-Every format yields rows as names and values, and a bad row with its problem, so that one policy
+Sources are TSV, CSV, line-aligned texts, SQuAD's JSON, CoNLL's columns, and rows of JSON lines.
+Every format yields rows of names and values, or a bad row with its problem, so that one policy
 applies to the bad rows of all formats.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("text", "text2", "source", "target", "question", "context", "words")
 RECORD_COLUMNS = (*TEXT_COLUMNS, "tags", "label", "id")
-# Kinds of records beside `Records`, by the first column that an objective reads.
+# Kinds of records besides `Records`, by the first column that an objective reads.
 KINDS: dict[str, str] = {
     "audio": "lm.data.audio.recordings:Recordings",
     "messages": "lm.data.chat.conversations:Conversations",
@@ -50,15 +50,15 @@ Fields = dict[str, Any]
 class Records:
     """Records of one source, in the order of its rows; iterating reads the source.
 
-    An item is the record, its values by `RECORD_COLUMNS`, and where it stands, FILE:LINE. A record
+    An item is a record, its values by `RECORD_COLUMNS`, and its place, FILE:LINE. A record
     of span QA has id, question, context, answers (a list of {"text", "start"}) and is_impossible.
 
     Attributes:
         source: source of the rows.
-        columns: (record column, column of the source) pairs; () if they have the same names.
+        columns: (record column, source column) pairs; () if they have the same names.
         header: whether tables name their columns, part of the digest.
-        labels: names of the classes; () if a label is a number.
-        skip: skip bad rows, which are errors otherwise.
+        labels: class names; () if labels are numbers.
+        skip: skip bad rows instead of raising errors.
         known: record columns that rows of this kind may have.
     """
 
@@ -91,7 +91,7 @@ class Records:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the source and of all settings that the records depend on."""
+        """sha256 of the source and all settings that affect the records."""
         return self.source.digest_with(repr(self._settings))
 
     @property
@@ -101,35 +101,35 @@ class Records:
     def build_store(
         self, source: Records, tokenizer: Tokenizer, data: Any, progress: bool
     ) -> RecordStore:
-        """Open the store of these records, as `dataset.build_store` does."""
+        """Open the store of these records; see `dataset.build_store`."""
         from lm.data.record_store import build_record_store
 
         return build_record_store(source, tokenizer, cache_directory(data), progress, data.workers)
 
     def encoder(self, tokenizer: Tokenizer) -> RecordEncoder | None:
-        """Return what encodes the records; None: the text of each column by itself."""
+        """Return the encoder of the records; None encodes the text of each column separately."""
         return None
 
     def texts(self, record: Fields) -> list[str]:
-        """Return the texts of a record that a tokenizer is fitted to."""
+        """Return a record's texts, for fitting a tokenizer."""
         return [record[name] for name in TEXT_COLUMNS if name in record]
 
     @property
     def record_texts(self) -> RecordTexts:
-        """Corpus that a tokenizer is fitted to."""
+        """Corpus for fitting a tokenizer."""
         return RecordTexts(self)
 
     def __iter__(self) -> Iterator[tuple[Fields, str]]:
         return self.read(lambda message: None)
 
     def read(self, report: Callable[[str], object]) -> Iterator[tuple[Fields, str]]:
-        """Yield records and where they stand.
+        """Yield records and their places.
 
         Args:
             report: called with a message for every bad row that is skipped.
 
         Raises:
-            UserError: a row is bad and not to be skipped, or there is no record at all.
+            UserError: a row is bad and must not be skipped, or there are no records.
         """
         columns, empty = dict(self.columns), True
         for row in self.source.rows():
@@ -143,10 +143,10 @@ class Records:
                 yield record, str(row.where)
                 empty = False
         if empty:
-            raise UserError(f"{self.name} holds no usable record")
+            raise UserError(f"{self.name} has no usable record")
 
     def skip_or_raise(self, message: str, report: Callable[[str], object]) -> None:
-        """Report a bad row that is to be skipped; UserError otherwise."""
+        """Report a bad row if it may be skipped; otherwise raise UserError."""
         if not self.skip:
             raise UserError(f"{message}: correct it, or set --config.data.bad_rows=skip")
         report(message)
@@ -157,13 +157,13 @@ class Records:
         if not found:
             there = ", ".join(row.values) or "none"
             raise UserError(
-                f"{row.where}: no column has a known name (there are: {there}): set "
+                f"{row.where}: no column has a known name (columns: {there}): set "
                 f"--config.data.columns, such as {self.known[0]}={next(iter(row.values), 'NAME')}"
             )
         return found
 
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
-        """Return the record of a row; raise BadRow if there is none."""
+        """Return the record of a row; raise BadRow if it is bad."""
         if row.problem:
             raise BadRow(row.problem)
         if self.source.has_answers:
@@ -172,7 +172,7 @@ class Records:
         for name, column in columns.items():
             value = field_value(row.values, column)
             if value is MISSING:
-                problem = f"no column {column!r} (there are: {', '.join(row.values) or 'none'})"
+                problem = f"no column {column!r} (columns: {', '.join(row.values) or 'none'})"
                 if not self.source.same_columns:
                     raise BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")
@@ -199,7 +199,7 @@ class Records:
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words, or the columns of CoNLL: what ASCII spaces, tabs and line ends separate.
+    """Split at ASCII spaces, tabs and line ends, such as words or CoNLL's columns.
 
     Other white space, such as the no-break space of "10 000", is part of a word.
     """
@@ -220,9 +220,9 @@ def open_records(
     Args:
         spec: NAME or NAME:ARGUMENT.
         data: section `data` of the configuration.
-        split: "train" or "validation", for a source with a validation split of its own.
-        columns: columns of the records that the objective reads, of which the first says what kind
-            of records they are (`KINDS`).
+        split: "train" or "validation", for a source with its own validation split.
+        columns: columns that the objective reads, of which the first determines the kind of
+            records (`KINDS`).
 
     Raises:
         UserError: the source is unknown or missing, or `data.columns` is wrong.
@@ -236,14 +236,14 @@ def open_records(
 
 
 def parse_columns(text: str, known: Sequence[str] = ()) -> tuple[tuple[str, str], ...]:
-    """Parse "text=sentence,label=gold" into (record column, column of the source) pairs.
+    """Parse "text=sentence,label=gold" into (record column, source column) pairs.
 
     Args:
         text: value of `--config.data.columns`.
-        known: record columns that there are; () for any.
+        known: existing record columns; () for any.
 
     Raises:
-        UserError: it is not well formed, or names a column that is not known.
+        UserError: it is malformed, or names an unknown column.
     """
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     columns = {name.strip(): column.strip() for name, _, column in pairs}
@@ -258,7 +258,7 @@ def parse_columns(text: str, known: Sequence[str] = ()) -> tuple[tuple[str, str]
 
 
 def _check_value(name: str, column: str, value: Any) -> str:
-    """Return a value as text; raise BadRow if it is none."""
+    """Return a value as text; raise BadRow for unusable values."""
     if name in ("label", "id") and isinstance(value, int | float):
         value = json.dumps(value)
     if name in ("words", "tags") and isinstance(value, list):
@@ -301,7 +301,7 @@ def _is_number(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RecordTexts:
-    """Corpus of the texts of records, each a document, to fit a tokenizer on."""
+    """Corpus of record texts, each a document, for fitting a tokenizer."""
 
     records: Records
 
@@ -328,11 +328,11 @@ class RowFiles(RecordSource):
     """Files of rows, plain or compressed; PATH may be a glob.
 
     Attributes:
-        files: the files that are read side by side: two of parallel text, else one.
+        files: the files that are read together: two for parallel text, else one.
         header: whether the first line of a table names its columns.
     """
 
-    kind: ClassVar[str]  # the name in the registry, part of the digest
+    kind: ClassVar[str]  # name in the registry, part of the digest
     files: tuple[tuple[Path, ...], ...]
 
     def __init__(self, argument: str, data: Any, split: str):
@@ -359,7 +359,7 @@ class _Tables(RowFiles):
 
 
 class TsvFiles(_Tables):
-    """Tab-separated values as GLUE has them: a quote is a character like any other."""
+    """Tab-separated values as in GLUE: quotes have no special meaning."""
 
     kind = "tsv"
 
@@ -372,7 +372,7 @@ class TsvFiles(_Tables):
 
 
 class CsvFiles(_Tables):
-    """Comma-separated values, quoted where they hold commas, quotes or newlines."""
+    """Comma-separated values, quoted if they contain commas, quotes or newlines."""
 
     kind = "csv"
 
@@ -382,7 +382,7 @@ class CsvFiles(_Tables):
 
 
 class ParallelFiles(RowFiles):
-    """Line-aligned files: line n of the first is "source" and of the second "target" of row n."""
+    """Line-aligned files: line n of both is "source" and "target" of row n."""
 
     kind = "parallel"
 
@@ -414,7 +414,7 @@ class SquadFiles(RowFiles):
 
 
 class ConllFiles(RowFiles):
-    """Files of CoNLL: a word a line, its tag last, and an empty line after a sentence."""
+    """CoNLL files: a word per line, with its tag last, and an empty line after each sentence."""
 
     kind = "conll"
 
@@ -425,7 +425,7 @@ class ConllFiles(RowFiles):
 
 def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
     lines = (f"{line}\n" for _, line in _numbered(path))
-    reader = csv.reader(lines, strict=True)  # or an open quote swallows the rest of the file
+    reader = csv.reader(lines, strict=True)  # otherwise an open quote swallows the rest of the file
     while True:
         number = reader.line_num + 1
         try:
@@ -442,12 +442,12 @@ def _parse_csv(path: Path) -> Iterator[tuple[int, list[str] | str]]:
 def table_rows(
     path: Path, rows: Iterator[tuple[int, list[str] | str]], header: bool
 ) -> Iterator[Row]:
-    """Yield rows with the names of the header line, or "0", "1", … by position.
+    """Yield rows named by the header line, or "0", "1", … by position.
 
     Args:
         path: the table.
-        rows: number and cells of its lines, or the problem with one.
-        header: the first line names the columns.
+        rows: number and cells of each line, or the problem with it.
+        header: whether the first line names the columns.
     """
     names: list[str] = []
     if header:
@@ -472,7 +472,7 @@ def table_rows(
 
 
 def read_jsonl_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file with one JSON object a line."""
+    """Yield the rows of a file with one JSON object per line."""
     return jsonl_rows((f"{path}:{number}", line) for number, line in _numbered(path))
 
 

@@ -22,9 +22,9 @@ STRIDE = 2  # of the second convolution: frames a position of the encoder
 
 
 class AudioFrontEnd(nn.Module):
-    """Convolutions of strides 1 and 2 with GELU, and sinusoidal positions where the stack has none.
+    """Convolutions of strides 1 and 2 with GELU, and sinusoidal positions for stacks without any.
 
-    Each convolution is a linear map of a window of frames, [3, C] to D.
+    Each convolution is a linear map of windows of frames, [3, C] to D.
     """
 
     config: TransformerConfig
@@ -47,7 +47,7 @@ class AudioFrontEnd(nn.Module):
         """Embed log-mel features.
 
         Args:
-            features_BFM: features; an odd number of frames counts as one more, of zeros.
+            features_BFM: features; zeros are appended to an odd number of frames.
             positions_BS: positions of the outputs; None: 0 … S-1.
 
         Returns:
@@ -64,7 +64,7 @@ class AudioFrontEnd(nn.Module):
 
 
 def windows(x_BLC: jax.Array, stride: int) -> jax.Array:
-    """Return what each output of a convolution reads, [B, ceil(L / stride), 3, C].
+    """Return the inputs of each convolution output, [B, ceil(L / stride), 3, C].
 
     Output i reads inputs `stride` i - 1, `stride` i and `stride` i + 1; outside are zeros.
     """

@@ -74,7 +74,7 @@ def test_white_space_within_a_word_does_not_cut_it(tmp_path):
     [
         ("a.conll", "Ada B-PER\nByron\n", "a.conll:1: line 2 is not a word and its tag"),
         ("a.conll", "\nAda B-GPE\n", "a.conll:2: label 'B-GPE' is not one of"),
-        ("a.conll", "-DOCSTART- O\n\n", "holds no usable record"),
+        ("a.conll", "-DOCSTART- O\n\n", "has no usable record"),
         ("a.jsonl", '{"words": ["a", "b"], "tags": ["O"]}\n', "2 words have 1 tags"),
         ("a.jsonl", '{"words": ["a b"], "tags": ["O"]}\n', "words without spaces"),
         ("a.jsonl", '{"words": ["a"], "tags": [0]}\n', "words without spaces"),

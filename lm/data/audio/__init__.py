@@ -1,1 +1,1 @@
-"""Recordings of speech: reading them, their features, and sources of transcribed ones."""
+"""Speech recordings: reading them, their features, and sources of transcribed recordings."""

@@ -1,4 +1,4 @@
-"""Features of recordings that are transcribed as they are, without a store."""
+"""Features of recordings that are transcribed directly, without a store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lm.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class LazySource:
-    """Features [length, M] that are made when an array takes them, so that many fit in memory."""
+    """Features [length, M], computed when converted to an array, so that many fit in memory."""
 
     length: int
     read: Callable[[], np.ndarray]
@@ -40,7 +40,7 @@ def read_features(path: Any, n_mels: int, positions: int) -> np.ndarray:
     Args:
         path: a `Path`, or a `UPath`.
         n_mels: mel bins.
-        positions: longest recording in positions of an encoder.
+        positions: longest recording in positions of the encoder.
 
     Raises:
         BadRow: it cannot be read, or is longer.
@@ -57,7 +57,7 @@ def recording_sources(paths: Sequence[str], data: Any) -> list[LazySource]:
         data: section `data` of the configuration.
 
     Raises:
-        UserError: when features are read: the file is no recording, or too long.
+        UserError: when features are read: the file is not a recording, or is too long.
     """
     n_frames = FRAMES_PER_POSITION * data.sequence_length
 
@@ -75,11 +75,11 @@ def find_recordings(place: str, data: Any) -> list[str]:
     """Return the paths of the recordings that PATH of the source `audio` names.
 
     Args:
-        place: a recording, a manifest, a folder or a glob, from where the process runs.
+        place: a recording, manifest, folder or glob, relative to the working directory.
         data: section `data` of the configuration.
 
     Raises:
-        UserError: there is none, or a row names none.
+        UserError: there are no recordings, or a row does not name one.
     """
     options = {"header": data.header, "columns": data.columns}
     here = SimpleNamespace(directory="", cache_directory="", **options)

@@ -1,7 +1,7 @@
-"""Log-mel features of a recording, as Whisper has them (Radford et al. 2022, section 2.2).
+"""Log-mel features of a recording, as in Whisper (Radford et al. 2022, section 2.2).
 
-Equal to the numpy path of transformers' `WhisperFeatureExtractor`: Slaney's mel scale, Hann windows
-of 25 ms every 10 ms, and a range of 8 decades below the loudest.
+Equal to the numpy implementation of transformers' `WhisperFeatureExtractor`: Slaney's mel scale,
+Hann windows of 25 ms every 10 ms, and values at most 8 decades below the loudest.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 SAMPLE_RATE = 16_000  # Hz
 HOP = 160  # samples from one frame to the next: 10 ms
-WINDOW = 400  # samples of a frame: 25 ms
-FRAMES_PER_POSITION = 2  # of the encoder, whose second convolution has stride 2
+WINDOW = 400  # samples per frame: 25 ms
+FRAMES_PER_POSITION = 2  # the encoder's second convolution has stride 2
 
-_SILENCE = 1e-10  # least power
+_SILENCE = 1e-10  # lowest power
 _RANGE = 8.0  # decades
-_BREAK = 1000.0  # Hz, from which on mels are logarithmic
+_BREAK = 1000.0  # Hz; mels are logarithmic above
 
 
 def log_mel(samples: np.ndarray, n_mels: int, n_frames: int) -> np.ndarray:
-    """Return the features of a recording without those of the silence that pads it.
+    """Return the features of a recording without those of its padding.
 
     Args:
         samples: [n], at 16 kHz, in [-1, 1].
         n_mels: mel bins, M.
-        n_frames: frames that the recording is padded or cut to, which `pad_frames` restores.
+        n_frames: length to which the recording is padded or cut, which `pad_frames` restores.
 
     Returns:
-        float32 [F, M], F frames that hold a sample, at most `n_frames`.
+        float32 [F, M], only the F frames that overlap a sample, at most `n_frames`.
     """
-    n_used = min(n_frames, -(-len(samples) // HOP) + 3)  # further frames do not see a sample
+    n_used = min(n_frames, -(-len(samples) // HOP) + 3)  # further frames contain no sample
     padded = np.zeros(n_used * HOP)
     padded[: len(samples)] = samples[: len(padded)]
     padded = np.pad(padded, WINDOW // 2, mode="reflect")
@@ -45,11 +45,11 @@ def log_mel(samples: np.ndarray, n_mels: int, n_frames: int) -> np.ndarray:
 
 
 def pad_frames(features: np.ndarray, n_frames: int) -> np.ndarray:
-    """Return features padded with those of silence, as of a recording of full length.
+    """Pad features with those of silence, as in a recording of full length.
 
     Args:
-        features: [F, M] of `log_mel`.
-        n_frames: frames of the result.
+        features: [F, M] from `log_mel`.
+        n_frames: number of frames of the result.
 
     Returns:
         float32 [n_frames, M].
@@ -72,7 +72,7 @@ def mel_filters(n_mels: int) -> np.ndarray:
 
 
 def _to_mel(hertz: float) -> float:
-    """Return the mels of a frequency above 1 kHz."""
+    """Convert a frequency above 1 kHz to mels."""
     return 15 + 27 * np.log(hertz / _BREAK) / np.log(6.4)
 
 

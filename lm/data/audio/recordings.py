@@ -1,4 +1,4 @@
-"""Records of recordings: rows checked, and turned into log-mel features and the text's tokens."""
+"""Records with recordings: checked rows, log-mel features and tokens of the transcripts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lm.errors import UserError
 
 @dataclass(frozen=True)
 class Recordings(Records):
-    """Records of "audio", the path of a recording, and "target", what is said in it.
+    """Records of "audio", the path of a recording, and "target", its transcript.
 
     Attributes:
-        place: function from a path as the source has it to the file.
+        place: function that locates the file of a path in the source.
         n_mels: mel bins of the features.
-        positions: longest recording in positions of an encoder, 20 ms each.
-        workers: processes that read recordings; 0: one a core.
+        positions: longest recording in positions of the encoder, 20 ms each.
+        workers: processes that read recordings; 0: one per core.
     """
 
     known: ClassVar[tuple[str, ...]] = ("audio", "target")
@@ -41,7 +41,7 @@ class Recordings(Records):
 
     @classmethod
     def of_source(cls, source: RecordSource, data: Any, **more: Any) -> Self:
-        """Return the records of a source, as `Records.of_source` does."""
+        """Return the records of a source; see `Records.of_source`."""
         more |= {
             "place": partial(resolve_file, data=data),
             "n_mels": data.n_mels,
@@ -67,14 +67,14 @@ class Recordings(Records):
         return (*super()._settings, "recordings")
 
     def encoder(self, tokenizer: Tokenizer) -> RecordEncoder:
-        """Return what computes the features and tokenizes the texts."""
+        """Return the encoder that computes the features and tokenizes the texts."""
         return RecordingEncoder(tokenizer, self.place, self.n_mels, self.positions)
 
     def _same_named(self, row: Row) -> dict[str, str]:
         found = super()._same_named(row)
         if missing := [name for name in self.known if name not in found]:
             raise UserError(
-                f"{row.where}: no column {missing[0]!r} (there are: {', '.join(row.values)}): set "
+                f"{row.where}: no column {missing[0]!r} (columns: {', '.join(row.values)}): set "
                 f"--config.data.columns={missing[0]}=NAME"
             )
         return found
@@ -82,19 +82,19 @@ class Recordings(Records):
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
         record = super()._record(row, columns)
         if "\0" in record["audio"]:
-            raise BadRow(f"{record['audio']!r} is not the name of a file")
+            raise BadRow(f"{record['audio']!r} is not a file name")
         return record
 
 
 @dataclass(frozen=True)
 class RecordingEncoder:
-    """Log-mel features of recordings, float16, and tokens of their texts.
+    """Encoder to log-mel features, float16, and tokens of the texts.
 
     Attributes:
         tokenizer: tokenizer of the texts.
-        place: function from a path as the record has it to the file.
+        place: function that locates the file of a path in the record.
         n_mels: mel bins.
-        length: longest recording in positions of an encoder; none is cut.
+        length: longest recording in positions of the encoder; longer ones are refused.
     """
 
     tokenizer: Tokenizer
@@ -105,7 +105,7 @@ class RecordingEncoder:
 
     @property
     def key(self) -> list[Any]:
-        """Settings that the store depends on beside tokenizer and records."""
+        """Settings that affect the store besides tokenizer and records."""
         return ["log_mel", self.n_mels, self.length]
 
     def __call__(self, record: Fields) -> EncodedRecord:

@@ -1,4 +1,4 @@
-"""Source `audio`: recordings and what is said in them, as their folders and manifests have it."""
+"""Source `audio`: recordings and transcripts, from folders and manifests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lm.data.records import CsvFiles, RowFiles, TsvFiles, parse_columns, read_js
 from lm.data.sources import Row
 from lm.errors import UserError
 
-# Files of a folder that name recordings: Hugging Face's audiofolder and LibriSpeech.
+# Files in a folder that list recordings: Hugging Face's audiofolder and LibriSpeech.
 _MANIFESTS = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "*.trans.txt")
 _TABLES = {".csv": CsvFiles, ".tsv": TsvFiles}
 _RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
@@ -23,7 +23,7 @@ class AudioFiles(RowFiles):
     """Rows that name a recording in the column "audio" or "file_name", relative to their file.
 
     PATH is a manifest (JSON lines, CSV, TSV, or LibriSpeech's ID.trans.txt), a recording without a
-    text, a glob of such files, or a folder: of all manifests below it, or else of all recordings.
+    text, a glob of such files, or a folder: all manifests in it, or else all recordings.
     """
 
     kind = "audio"
@@ -41,7 +41,7 @@ class AudioFiles(RowFiles):
                 yield row._replace(values=self._located(path, row.values))
 
     def _located(self, path: Path, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values of a row with the recording's path from where the process runs."""
+        """Return a row's values, the recording's path relative to the working directory."""
         column = next((name for name in self._columns if name in values), "")
         name = values.get(column)
         if not isinstance(name, str) or not name.strip() or "\0" in name:
@@ -64,7 +64,7 @@ def _find(argument: str, data: Any) -> list[Path]:
         if found:
             return sorted(found)
     raise UserError(
-        f"audio:{argument}: a folder without {', '.join(_MANIFESTS)} and without recordings"
+        f"audio:{argument}: the folder has neither {', '.join(_MANIFESTS)} nor recordings"
     )
 
 
@@ -83,7 +83,7 @@ def _rows(path: Path, header: bool) -> Iterator[Row]:
 
 
 def _librispeech_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file of lines "ID TEXT", whose recordings ID.flac lie beside it."""
+    """Yield the rows of a file with lines "ID TEXT", next to recordings ID.flac."""
     for number, line in enumerate(read_lines(path), start=1):
         name, _, text = line.strip().partition(" ")
         if name:

@@ -1,4 +1,4 @@
-"""Reading recordings: any file of libsndfile, any rate and number of channels, as mono at 16 kHz.
+"""Recordings of any libsndfile format, rate and number of channels, read as mono at 16 kHz.
 
 Formats are those of the package `soundfile`: WAV, FLAC, OGG (Vorbis, Opus), MP3, AIFF and others.
 """
@@ -19,10 +19,10 @@ from lm.data.file_digests import raw_file, require_unchanged
 from lm.data.records import BadRow
 from lm.errors import missing_package
 
-_RATES = range(1000, 768_001)  # Hz; the filter of a resampling has 20 coefficients for each
-_BLOCK = 2**26  # samples of all channels that are read at once
-_UNKNOWN = 2**31 - 2**12  # bytes or samples: what a program writes that cannot know them yet
-# What libsndfile notes of a WAV or AIFF file that is shorter than its header says.
+_RATES = range(1000, 768_001)  # Hz; the resampling filter has 20 coefficients for each
+_BLOCK = 2**26  # samples of all channels read at once
+_UNKNOWN = 2**31 - 2**12  # bytes or samples: written by programs that do not know them yet
+# libsndfile's note about a WAV or AIFF file that is shorter than its header says.
 _CUT = re.compile(r"(?:data|SSND) : (\d+) \(should be (\d+)\)")
 
 
@@ -31,10 +31,10 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
 
     Args:
         path: a `Path`, or a `UPath`.
-        max_seconds: longest recording; of a longer one no more than this is read.
+        max_seconds: maximum length; reading stops there.
 
     Raises:
-        BadRow: there is no such file, or it is damaged, cut, empty, too long or no recording.
+        BadRow: the file is missing, damaged, cut, empty, too long or not a recording.
         UserError: the package `soundfile` is not installed.
     """
     try:
@@ -48,7 +48,7 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
             samples = _read(sound, path, max_seconds)
         require_unchanged(path)
     except soundfile.LibsndfileError as error:
-        raise BadRow(f"{path}: no recording, or a damaged one ({error.error_string})") from error
+        raise BadRow(f"{path}: not a recording, or damaged ({error.error_string})") from error
     except OSError as error:
         raise BadRow(f"{path}: cannot be read ({error.strerror})") from error
     return samples
@@ -57,7 +57,7 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
 def _read(sound: Any, path: Any, max_seconds: float) -> np.ndarray:
     rate, most = sound.samplerate, math.floor(max_seconds * sound.samplerate)
     if rate not in _RATES:
-        raise BadRow(f"{path}: {rate} samples a second, not {_RATES[0]} to {_RATES[-1]}")
+        raise BadRow(f"{path}: {rate} samples per second, not {_RATES[0]} to {_RATES[-1]}")
     parts: list[np.ndarray] = []
     n, block = 0, _BLOCK // sound.channels
     while n <= most:

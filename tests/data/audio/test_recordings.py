@@ -112,24 +112,24 @@ def test_rows_that_cannot_be_used_are_named(spoken, make_store, capsys):
 
     bad = {
         "no file /no.wav": {"audio": "no.wav", "target": "x"},
-        "/a.jsonl: no recording, or a damaged one (": {"audio": "a.jsonl", "target": "x"},
+        "/a.jsonl: not a recording, or damaged (": {"audio": "a.jsonl", "target": "x"},
         "/3.flac: longer (0.4 s) than 0.38 s": {"audio": "3.flac", "target": "x"},
         "'target' is empty": {"audio": "0.wav", "target": " "},
         "'target' is of type int, not a string": {"audio": "0.wav", "target": 3},
         "'audio' is of type dict, not a string": {"audio": {}, "target": "x"},
         "'audio' is of type NoneType, not a string": {"audio": None, "target": "x"},
-        r"'/a\x00b' is not the name of a file": {"audio": "/a\0b", "target": "x"},
-        "no column 'target' (there are: audio)": {"audio": "0.wav"},
+        r"'/a\x00b' is not a file name": {"audio": "/a\0b", "target": "x"},
+        "no column 'target' (columns: audio)": {"audio": "0.wav"},
     }
     for expected, row in bad.items():
         rows[:] = [{"audio": "0.wav", "target": "x"}, row]
         assert problem(sequence_length=19).startswith(f"/b.jsonl:2: {expected}"), expected
     rows[:] = [*bad.values()]
     assert problem(bad_rows="skip", sequence_length=19).startswith(
-        "audio:spoken/b.jsonl holds no usable record; the first: /b.jsonl:"
+        "audio:spoken/b.jsonl has no usable record; the first: /b.jsonl:"
     )
     rows[:] = [{"audio": "0.wav"}]
-    assert "no column 'target' (there are: audio): set --config.data.columns=target=N" in problem()
+    assert "no column 'target' (columns: audio): set --config.data.columns=target=N" in problem()
     rows[:] = [{"audio": "0.wav", "target": "x"}, *bad.values()]
     manifest.write_text("\n".join(map(json.dumps, rows)))
     assert len(make_store("audio:spoken/b.jsonl", bad_rows="skip", sequence_length=19)) == 1
@@ -137,7 +137,5 @@ def test_rows_that_cannot_be_used_are_named(spoken, make_store, capsys):
     with pytest.raises(UserError, match=r"no file matches 'spoken/c\.jsonl'"):
         make_store("audio:spoken/c.jsonl")
     (spoken / "empty").mkdir()
-    with pytest.raises(
-        UserError, match=r"a folder without metadata\.csv, .* and without recordings"
-    ):
+    with pytest.raises(UserError, match=r"the folder has neither metadata\.csv, .* nor recordings"):
         make_store("audio:spoken/empty")

@@ -106,8 +106,8 @@ def test_what_is_no_recording_is_refused(tmp_path):
     assert problem(written(np.zeros((0, 1)), 16_000)) == "no samples"
     assert problem(written(tone(16_000, 0.1), 16_000)) == "longer (0.1 s) than 0.05 s"
     assert problem(written(np.full(8, np.nan), 16_000)) == "samples that are not finite numbers"
-    assert problem(written(tone(500), 500)) == "500 samples a second, not 1000 to 768000"
-    assert problem(b"one,two\n").startswith("no recording, or a damaged one (")
+    assert problem(written(tone(500), 500)) == "500 samples per second, not 1000 to 768000"
+    assert problem(b"one,two\n").startswith("not a recording, or damaged (")
     with pytest.raises(BadRow, match=f"^no file {tmp_path}/b$"):
         read_waveform(tmp_path / "b", 1)
     with pytest.raises(BadRow, match=f"^no file {tmp_path}$"):
