@@ -22,7 +22,7 @@ import jax
 from lm.config.registries import MIXERS
 from lm.experiment import Experiment
 from lm.hardware import PEAK_FLOPS
-from lm.models.transformer_config import global_layers
+from lm.models.layer_patterns import global_layers
 from lm.models.variables import KERNELS, flat
 
 
@@ -68,7 +68,7 @@ def _attention(experiment: Experiment, tokens: dict[str, int]) -> float:
     share = len(m.attention_layers) / m.n_layers or 1  # fraction of layers
     width = share * m.n_heads * sum(MIXERS[m.mixer].head_widths(m)) / 2
     causal, both_ways, cross = target**2 / 2, source**2, source * target
-    n_global = global_layers(m.n_layers, m.window, m.global_every, m.global_first).sum()
+    n_global = global_layers(m, m.n_layers).sum() if m.window else m.n_layers
     n_local, window = m.n_layers - n_global, min(m.window or target, target)
     local = causal - (target - window) ** 2 / 2
     if m.window_chunks:

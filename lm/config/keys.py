@@ -140,6 +140,11 @@ COMMON_KEYS: dict[str, Key] = {
         "The global ones are layers 1, n + 1, 2n + 1, … (ModernBERT).",
         needs=("model.global_every",),
     ),
+    "model.global_layers": Key(
+        (),
+        "Numbers of the global layers, from 0, where they are not every n-th.",
+        needs=("model.window",),
+    ),
     "model.first_norm": Key(
         True,
         "The first attention's input is normalised; otherwise the norm of the embeddings is "
@@ -148,6 +153,13 @@ COMMON_KEYS: dict[str, Key] = {
     "model.transform_bias": Key(
         True,
         "The layer before an encoder's output has a bias.",
+        needs=("model.family", "encoder"),
+    ),
+    "model.transform_activation": Key(
+        "family",
+        "Activation of the layer before an encoder's output; family: that of model.activation "
+        "(RoBERTa, ELECTRA: gelu_erf).",
+        choices=("family", "relu", "gelu_tanh", "gelu_erf", "silu"),
         needs=("model.family", "encoder"),
     ),
     "model.pooler_activation": Key(
@@ -194,6 +206,11 @@ COMMON_KEYS: dict[str, Key] = {
         low=4,
         needs=("model.positions", "relative", "disentangled"),
     ),
+    "model.relative_per_layer": Key(
+        False,
+        "Each layer has a relative position bias of its own (UMT5).",
+        needs=("model.positions", "relative"),
+    ),
     "model.token_types": Key(0, "Number of segment embeddings (BERT); 0: none.", low=0),
     "model.nope_every": Key(
         0,
@@ -202,12 +219,17 @@ COMMON_KEYS: dict[str, Key] = {
         low=0,
         needs=("model.positions", "rotary"),
     ),
+    "model.nope_layers": Key(
+        (),
+        "Numbers of the layers without rotary positions, from 0, where they are not every n-th.",
+        needs=("model.positions", "rotary"),
+    ),
     "model.nope_temperature": Key(
         0.0,
         "NoPE layers scale the query at position i by 1 + x ln(1 + floor((i + 1) / "
         "nope_temperature_length)), where x is this value (Llama 4: 0.1).",
         low=0.0,
-        needs=("model.nope_every",),
+        needs=("model.positions", "rotary"),
     ),
     "model.nope_temperature_length": Key(
         8192,
@@ -294,7 +316,8 @@ COMMON_KEYS: dict[str, Key] = {
         "Activation function; the glu ones are gated (two input projections); swiglu_clipped: "
         "g sigmoid(1.702 g) (x + 1), gate g at most 7 and input x clipped to ±7 (gpt-oss).",
         choices=(
-            *("relu", "gelu_tanh", "gelu_erf", "swiglu", "geglu", "geglu_erf", "swiglu_clipped"),
+            *("relu", "gelu_tanh", "gelu_erf", "silu", "reglu", "swiglu", "geglu", "geglu_erf"),
+            "swiglu_clipped",
         ),
     ),
     "model.n_experts": Key(0, "Experts per MoE layer (Switch, Mixtral); 0: dense layers.", low=0),
@@ -305,6 +328,11 @@ COMMON_KEYS: dict[str, Key] = {
         1,
         "Every n-th layer is an MoE layer; the others are dense.",
         low=1,
+        needs=("model.n_experts",),
+    ),
+    "model.expert_layers": Key(
+        (),
+        "Numbers of the MoE layers, from 0, where they are not every n-th.",
         needs=("model.n_experts",),
     ),
     "model.expert_d_ff": Key(

@@ -9,6 +9,11 @@ from ml_collections import ConfigDict
 
 from lm.config.registries import OBJECTIVES, SCHEMA, TRANSFORMERS
 
+_PATTERNS = {  # lists of layers, and the other ways to say the same
+    "global_layers": ("global_every", "global_first"),
+    "nope_layers": ("nope_every",),
+    "expert_layers": ("experts_every", "dense_layers"),
+}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
 
@@ -110,11 +115,16 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     layers = model.attention_layers
     if layers and model.mixer == "attention":
         yield "--config.model.attention_layers needs another --config.model.mixer than attention"
-    if len({*layers} & {*range(model.n_layers)}) < len(layers):
-        yield (
-            f"--config.model.attention_layers={','.join(f'{x:g}' for x in layers)}: expected "
-            f"different numbers from 0 to {model.n_layers - 1}"
-        )
+    for name in ("attention_layers", "global_layers", "nope_layers", "expert_layers"):
+        if len({*model[name]} & {*range(model.n_layers)}) < len(model[name]):
+            yield (
+                f"--config.model.{name}={','.join(f'{x:g}' for x in model[name])}: expected "
+                f"different numbers from 0 to {model.n_layers - 1}"
+            )
+    for name, others in _PATTERNS.items():
+        for other in others:
+            if model[name] and model[other] != SCHEMA[f"model.{other}"].default:
+                yield f"--config.model.{name} and --config.model.{other} exclude each other"
     if model.mixer == "mamba2":
         yield from _mamba_rules(config)
     if (model.mixer == "disentangled") != (model.positions == "disentangled"):
@@ -281,7 +291,7 @@ def _window_rules(config: ConfigDict) -> Iterator[str]:
             "--config.model.first_norm=false leaves out a norm of --config.model.norm_placement "
             f"pre or both, not {model.norm_placement} of --config.model.family={model.family}"
         )
-    for name in ("global_every", "rope_theta_local", "window_chunks"):
+    for name in ("global_every", "global_layers", "rope_theta_local", "window_chunks"):
         if model[name] and not model.window:
             yield f"--config.model.{name}={model[name]} needs --config.model.window"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lm.interop.bert import ACTIVATIONS
+from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
 from lm.interop.tensor_mapping import (
     TensorMapping,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
     Family,
     Head,
@@ -29,13 +30,6 @@ from lm.interop.tensor_mapping import (
     same_layout,
 )
 from lm.models.transformer_config import TransformerConfig
-
-ACTIVATIONS = {
-    "gelu": "gelu_erf",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 _LAYERS = "stack/layers"
 
@@ -112,8 +106,6 @@ def _write_bert(config: TransformerConfig) -> Values:
 
 
 def _read_roberta(hf: Values) -> Values:
-    # The output layer's activation is fixed.
-    lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
     pad = hf.get("pad_token_id", 1)
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < hf["vocab_size"]:
         raise UnsupportedConfig(
@@ -121,27 +113,25 @@ def _read_roberta(hf: Values) -> Values:
             "and positions count from it"
         )
     offset = 1 + pad
-    return _read(hf) | {
-        "activation": "gelu_erf",
+    return _read_bert(hf) | {
+        "transform_activation": "gelu_erf",
         "position_offset": offset,
-        "max_length": hf.get("max_position_embeddings", 512) - offset,
+        "max_length": hf["max_position_embeddings"] - offset,
     }
 
 
 def _write_roberta(config: TransformerConfig) -> Values:
-    return _write(config) | {
-        "hidden_act": "gelu",
+    return _write_bert(config) | {
         "pad_token_id": config.position_offset - 1,
         "max_position_embeddings": config.max_length + config.position_offset,
     }
 
 
 def _read_electra(hf: Values) -> Values:
-    # The activation is fixed in the output layer and in classifiers.
-    lm_word(hf, "hidden_act", {"gelu": "gelu_erf"}, "gelu")
-    width = read_size({"embedding_size": 128} | hf, "embedding_size")
+    width = read_size(hf, "embedding_size")
     return _read_bert(hf) | {
         "embedding_size": 0 if width == hf["hidden_size"] else width,
+        "transform_activation": "gelu_erf",
         "pooler_activation": "gelu_erf",
     }
 

@@ -6,7 +6,8 @@ table, as in the releases of version 3.
 
 from __future__ import annotations
 
-from lm.interop.bert import ACTIVATIONS, KEYS
+from lm.interop.activation_words import ACTIVATIONS
+from lm.interop.bert import KEYS
 from lm.interop.family import (
     Family,
     Head,
@@ -144,5 +145,4 @@ DEBERTA = Family(
     table="deberta.embeddings.word_embeddings.weight",
     copies={f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"},
     left_out=["generator", "replaced_transform", "replaced_head"],
-    defaults={"type_vocab_size": 0},
 )

@@ -181,7 +181,7 @@ def _read_v2(hf: Values) -> Values:
         "moe_intermediate_size": 1407,
         "routed_scaling_factor": 1.0,
     } | hf
-    require_equal(hf, norm_topk_prob=False, scoring_func="softmax")
+    require_equal(hf, scoring_func="softmax")
     methods = {"greedy": "experts", "group_limited_greedy": "groups"}
     method = lm_word(hf, "topk_method", methods, "greedy")
     return (

@@ -10,8 +10,10 @@ import numpy as np
 
 from lm.config.model_rules import rotary_problems, rotary_width
 from lm.errors import UserError
+from lm.interop.class_defaults import CLASS_DEFAULTS
 from lm.interop.fused_tensors import Fused
 from lm.interop.tensor_mapping import TensorMapping, of_segments
+from lm.kernels.elementwise import output_activation
 from lm.models.expert_choice import has_groups, has_normalized_weights
 from lm.models.experts_config import ExpertsConfig
 from lm.models.moe import expert_width
@@ -82,7 +84,6 @@ class Family:
         ignored: patterns of tensors that are not weights.
         renamed: patterns of old tensor names, and their replacements.
         in_file: fields determined by the tensors of a file, not by config.json.
-        defaults: values of `keys` missing in old files.
         fused: file tensors that contain several of the table (`fused_tensors.py`).
         constants: tensors with the same values in all models of a configuration.
         further_files: required contents of other JSON files of a folder, by name, if they exist.
@@ -106,7 +107,6 @@ class Family:
     ignored: Sequence[str] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_file: Sequence[str] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
     fused: Fused = field(default_factory=dict)
     constants: Mapping[str, Callable[[TransformerConfig], np.ndarray]] = field(default_factory=dict)
     further_files: Mapping[str, Callable[[TransformerConfig], Values]] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Family:
         Raises:
             UserError: a key is missing, or its value is not supported.
         """
-        hf = {**self.defaults, **hf}
+        hf = {**CLASS_DEFAULTS.get(self.model_type, {}), **hf}
         _check_flags(hf)
         found: Values = {field: read_size(hf, name) for name, field in self.keys.items()}
         _check_layers(found["n_layers"])
@@ -293,12 +293,13 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     c = config
     values = asdict(c) | {"attention_biases": c.attention_biases, "attention_scale": c.score_scale}
     unused = {*EXECUTION, *TRAINING, "attention_bias", "n_classes", "concat_width"}
+    values["transform_activation"] = output_activation(c.transform_activation, c.activation)
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
     if c.positions != "learned":
         unused |= {"position_offset", "max_length"}
     is_global_N = c.is_global(c.n_layers)
-    unused.add("global_first")
+    unused |= {"global_first", "global_layers", "nope_layers", "expert_layers"}
     values["global_every"] = [] if is_global_N is None else np.flatnonzero(is_global_N).tolist()
     if c.rope_theta_local == c.rope_theta and c.rope_scaling == "none":
         values["rope_theta_local"] = 0.0
@@ -324,7 +325,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     else:
         unused |= {f.name for f in fields(ExpertsConfig)} - {"n_experts"}
     if model != "encoder":
-        unused |= {"transform_bias", "pooler_activation"}
+        unused |= {"transform_bias", "transform_activation", "pooler_activation"}
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}
@@ -334,7 +335,7 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
     unused |= of_rope
     values |= {"rope_attention_factor": attention_factor(c), "rope_fraction": rotary_width(c)}
     if c.positions not in ("relative", "disentangled"):
-        unused |= {"relative_buckets", "relative_max_distance"}
+        unused |= {"relative_buckets", "relative_max_distance", "relative_per_layer"}
     if not c.tie_embeddings:
         unused.add("scale_logits")
     kinds = c.layer_types(c.n_layers)

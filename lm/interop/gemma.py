@@ -8,12 +8,12 @@ and another RoPE theta in local layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lm.interop.family import (
     UnsupportedConfig,
     Values,
-    lm_word,
     positive_number,
     require_equal,
 )
@@ -32,7 +32,6 @@ from lm.interop.llama import (
 from lm.models.transformer_config import TransformerConfig
 
 _ALWAYS: dict[str, Any] = {
-    "activation": "geglu",
     "norm_unit_offset": True,
     "scale_embeddings": True,
 }
@@ -45,26 +44,23 @@ _NORMS = {
 _TANH = "gelu_pytorch_tanh"
 
 
-def _read(hf: Values, key: str, *, exact: bool = False) -> Values:
-    # Gemma 1 was released with "gelu" but computes the tanh approximation.
-    lm_word(hf, key, {_TANH: "geglu"} | ({} if exact else {"gelu": "geglu"}), _TANH)
+def _read(hf: Values, key: str) -> Values:
     require_equal(hf, use_bidirectional_attention=False)
     biased = bool(hf.get("attention_bias"))
-    tied = hf.get("tie_word_embeddings")
-    return read_common(hf) | {
+    return read_common(hf | {"hidden_act": hf.get(key)}) | {
         "attention_bias": "all" if biased else "none",
-        "tie_embeddings": True if tied is None else tied,
     }
 
 
 def _write(config: TransformerConfig) -> Values:
-    activation = {"hidden_act": _TANH, "hidden_activation": _TANH}
-    return (
-        write_common(config) | activation | {"attention_bias": "query" in config.attention_biases}
-    )
+    written = write_common(config)
+    activation = {"hidden_activation": written["hidden_act"]}
+    return written | activation | {"attention_bias": "query" in config.attention_biases}
 
 
 def _read_gemma(hf: Values) -> Values:
+    # Gemma 1 was released with another key beside "gelu", of the approximation it computes.
+    hf = hf | {"hidden_act": hf["hidden_activation"] or _TANH} if "hidden_activation" in hf else hf
     return _read(hf, "hidden_act") | read_rope(hf)
 
 
@@ -72,24 +68,26 @@ def _write_gemma(config: TransformerConfig) -> Values:
     return _write(config) | write_rope(config)
 
 
-def _read_later(hf: Values, scores: float | None, logits: float | None, every: int) -> Values:
-    """Read the settings shared by Gemma 2 and 3; arguments are defaults of missing keys."""
-    n_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    types = hf.get("layer_types") or layer_types(n_layers, window or 0, every)
+def _types(hf: Values, every: int) -> Sequence[str]:
+    return hf.get("layer_types") or layer_types(hf["num_hidden_layers"], every, every - 1)
+
+
+def _read_later(hf: Values, types: Sequence[str]) -> Values:
+    """Read the settings shared by Gemma 2 and 3; `types` are those of the layers."""
     scalar = "query_pre_attn_scalar"
     return (
-        _read(hf, "hidden_activation", exact=True)
-        | read_windows(hf | {"sliding_window": window}, types)
+        _read(hf, "hidden_activation")
+        | read_windows(hf, types)
         | {
-            "attention_scale": positive_number(scalar, hf.get(scalar, 256)) ** -0.5,
-            "attention_softcap": _softcap(hf, "attn_logit_softcapping", scores),
-            "logit_softcap": _softcap(hf, "final_logit_softcapping", logits),
+            "attention_scale": positive_number(scalar, hf[scalar]) ** -0.5,
+            "attention_softcap": _softcap(hf, "attn_logit_softcapping"),
+            "logit_softcap": _softcap(hf, "final_logit_softcapping"),
         }
     )
 
 
-def _softcap(hf: Values, name: str, default: float | None) -> float:
-    value = hf.get(name, default)
+def _softcap(hf: Values, name: str) -> float:
+    value = hf[name]
     return 0.0 if value is None or value == 0 else positive_number(name, value)
 
 
@@ -109,7 +107,7 @@ def _write_later(config: TransformerConfig) -> Values:
 
 
 def _read_gemma2(hf: Values) -> Values:
-    return _read_later(hf, 50.0, 30.0, 2) | read_rope(hf)
+    return _read_later(hf, _types(hf, 2)) | read_rope(hf)
 
 
 def _write_gemma2(config: TransformerConfig) -> Values:
@@ -119,8 +117,8 @@ def _write_gemma2(config: TransformerConfig) -> Values:
 def _read_gemma3(hf: Values) -> Values:
     # The fused attention of transformers silently ignores it.
     require_equal(hf, attn_logit_softcapping=None)
-    found = _read_later(hf, None, None, hf.get("sliding_window_pattern") or 6)
-    return found | read_layer_rope(hf | {"sliding_window": found["window"]}, 1e6, 1e4)
+    types = _types(hf, hf.get("sliding_window_pattern") or 6)
+    return _read_later(hf, types) | read_layer_rope(hf, types, 1e6, 1e4)
 
 
 def _write_gemma3(config: TransformerConfig) -> Values:

@@ -5,6 +5,7 @@ Its linear layers are [in, out]; one tensor contains the query, key and value pr
 
 from __future__ import annotations
 
+from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
     DECODER_HEADS,
     Family,
@@ -16,13 +17,6 @@ from lm.interop.family import (
 )
 from lm.interop.tensor_mapping import TensorMapping, norm_mappings, output_mapping, same_layout
 from lm.models.transformer_config import TransformerConfig
-
-ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu_erf",
-    "relu": "relu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
 _QUERY_KEY_VALUE = tuple(f"{_ATTENTION}/{name}" for name in ("query", "key", "value"))

@@ -6,7 +6,9 @@ Files store the experts of a layer in one tensor, alternating gate and input, as
 
 from __future__ import annotations
 
-from lm.interop.family import Values, lm_word, read_size, require_equal
+from dataclasses import replace
+
+from lm.interop.family import Values, read_size, require_equal
 from lm.interop.llama import (
     ATTENTION,
     FEED_FORWARD,
@@ -57,7 +59,6 @@ _ROPE = {
 
 def _read(hf: Values) -> Values:
     require_equal(hf, swiglu_alpha=1.702, swiglu_limit=7.0)
-    lm_word(hf, "hidden_act", {"silu": "swiglu_clipped"}, "silu")
     hf = {"num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": _WINDOW} | hf
     hf = {"head_dim": 64, "rope_scaling": None, "rope_parameters": None} | hf
     if hf["rope_scaling"] is None and hf["rope_parameters"] is None:
@@ -69,8 +70,7 @@ def _read(hf: Values) -> Values:
         | read_rope(hf, 150_000.0)
         | read_windows(hf, types)
         | {
-            "norm_eps": hf.get("rms_norm_eps", 1e-5),
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "activation": "swiglu_clipped",  # whatever the file says, as in transformers
             "attention_bias": "all" if hf.get("attention_bias", True) else "none",
             "n_experts": read_size(hf, "num_local_experts"),
             "experts_per_token": read_size(hf, "num_experts_per_tok"),
@@ -81,10 +81,9 @@ def _read(hf: Values) -> Values:
 
 def _write(config: TransformerConfig) -> Values:
     return (
-        write_common(config)
+        write_common(replace(config, activation="swiglu"))
         | write_rope(config)
         | {
-            "hidden_act": "silu",
             "intermediate_size": expert_width(config),
             "attention_bias": "query" in config.attention_biases,
             # transformers builds the window mask even if no layer uses it.

@@ -8,14 +8,16 @@ libraries' RoPE rotates halves of a head, so that projections need no permutatio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from lm.interop.activation_words import GATED_ACTIVATIONS
 from lm.interop.family import (
     DECODER_HEADS,
     Family,
     UnsupportedConfig,
     Values,
     decoder_classes,
+    hf_word,
     lm_word,
     positive_number,
     read_size,
@@ -29,8 +31,9 @@ from lm.interop.tensor_mapping import (
     output_mapping,
     same_layout,
 )
+from lm.models.layer_patterns import global_layers, nope_layers
 from lm.models.moe import expert_width
-from lm.models.transformer_config import TransformerConfig, global_layers
+from lm.models.transformer_config import TransformerConfig
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 ATTENTION, FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
@@ -69,56 +72,66 @@ _SCALINGS: Mapping[str, Mapping[str, str]] = {  # by rope_type
 }
 
 
-def layer_types(
-    n_layers: int, window: int, global_every: int, global_first: bool = False
-) -> list[str]:
-    """Return `layer_types` for config.json."""
-    is_global_N = global_layers(n_layers, window, global_every, global_first)
-    return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
+def layer_types(n_layers: int, global_every: int, first: int) -> list[str]:
+    """Return `layer_types` of config.json: layer `first` and each n-th after it are global."""
+    return [GLOBAL if i % global_every == first else LOCAL for i in range(n_layers)]
 
 
 def config_layer_types(config: TransformerConfig) -> list[str]:
-    """Return `layer_types` for config.json from a TransformerConfig."""
-    return layer_types(config.n_layers, config.window, config.global_every, config.global_first)
+    """Return `layer_types` of config.json for a TransformerConfig."""
+    is_global_N = global_layers(config, config.n_layers)
+    return [GLOBAL if is_global else LOCAL for is_global in is_global_N]
 
 
 def read_windows(hf: Values, types: Sequence[str]) -> Values:
-    """Return `window`, `global_every` and `global_first` for these layer types.
+    """Return `window` and which layers ignore it, for layers of these types.
 
     Raises:
-        UnsupportedConfig: the global layers are not every n-th.
+        UnsupportedConfig: there are other types, or not one for each layer.
     """
-    window, every, first = 0, 0, False
-    if LOCAL in types:
-        window, first = read_size(hf, "sliding_window"), types[0] == GLOBAL
-        numbers = [i for i, kind in enumerate(types, start=1) if kind == GLOBAL]
-        every = (numbers[1:] or [len(types) + 1])[0] - 1 if first else (numbers or [0])[0]
-    if list(types) != layer_types(require(hf, "num_hidden_layers"), window, every, first):
-        raise UnsupportedConfig("config.json: layer_types are not local ones and each n-th global")
-    return {"window": window, "global_every": every, "global_first": first}
+    n_layers = require(hf, "num_hidden_layers")
+    if not {*types} <= {LOCAL, GLOBAL} or len(types) != n_layers:
+        raise UnsupportedConfig(
+            f"config.json: layer_types are not {LOCAL} or {GLOBAL} for each of {n_layers} layers"
+        )
+    if LOCAL not in types:
+        return {"window": 0}
+    is_first = types[0] == GLOBAL
+    key = every_nth([kind == GLOBAL for kind in types[is_first:]], "global_every", "global_layers")
+    if is_first and "global_every" in key:
+        key |= {"global_first": True, "global_every": key["global_every"] or n_layers}
+    elif is_first:
+        key = {"global_layers": tuple(i for i, kind in enumerate(types) if kind == GLOBAL)}
+    return {"window": read_size(hf, "sliding_window")} | key
 
 
-def is_nope(n_layers: int, nope_every: int) -> list[bool]:
-    """Return which layers have no positions."""
-    return [nope_every > 0 and (i + 1) % nope_every == 0 for i in range(n_layers)]
+def every_nth(marked: Sequence[bool], every: str, layers: str) -> Values:
+    """Return which layers are marked: the field `every` if each n-th is, 0: none; else `layers`."""
+    numbers = tuple(i for i, is_marked in enumerate(marked) if is_marked)
+    n = numbers[0] + 1 if numbers else len(marked) + 1
+    if numbers != tuple(range(n - 1, len(marked), n)):
+        return {layers: numbers}
+    return {every: n if numbers else 0}
+
+
+def has_rope(hf: Values) -> list[bool]:
+    """Return the layers with positions; `no_rope_layers` has a 0 for each of the others."""
+    n_layers = read_size(hf, "num_hidden_layers")
+    every = read_size(hf, "no_rope_layer_interval") or n_layers + 1
+    found = hf.get("no_rope_layers") or [(i + 1) % every for i in range(n_layers)]
+    if len(found) < n_layers:
+        raise UnsupportedConfig(f"config.json: no_rope_layers has not {n_layers} layers")
+    return [bool(rotated) for rotated in found[:n_layers]]
 
 
 def read_nope(hf: Values) -> Values:
-    """Read the layers without positions: the zeros of `no_rope_layers`.
+    """Read which layers have no positions."""
+    return every_nth([not rotated for rotated in has_rope(hf)], "nope_every", "nope_layers")
 
-    Raises:
-        UnsupportedConfig: they are not every n-th.
-    """
-    n_layers = read_size(hf, "num_hidden_layers")
-    every = read_size({"no_rope_layer_interval": 4} | hf, "no_rope_layer_interval")
-    has_rope = hf.get("no_rope_layers") or [not nope for nope in is_nope(n_layers, every)]
-    if len(has_rope) < n_layers:
-        raise UnsupportedConfig(f"config.json: no_rope_layers has not {n_layers} layers")
-    found = [not rotated for rotated in has_rope[:n_layers]]
-    first = found.index(True) + 1 if True in found else 0
-    if found != is_nope(n_layers, first):
-        raise UnsupportedConfig("config.json: no_rope_layers are not each n-th")
-    return {"nope_every": first}
+
+def write_nope(config: TransformerConfig) -> list[int]:
+    """Return `no_rope_layers` of config.json."""
+    return [int(not nope) for nope in nope_layers(config, config.n_layers)]
 
 
 def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None) -> Values:
@@ -186,13 +199,22 @@ def _attention_factor(rope: Values) -> float:
     return (above * growth + 1) / (below * growth + 1)
 
 
-def write_rope(config: TransformerConfig) -> Values:
-    """Write `rope_parameters`, and `rope_theta` and `rope_scaling` for transformers before 5."""
+def write_rope(config: TransformerConfig, partial_default: float = 1.0) -> Values:
+    """Write `rope_parameters`, and `rope_theta` and `rope_scaling` for transformers before 5.
+
+    Args:
+        config: configuration.
+        partial_default: part of a head that the class rotates unless config.json says it.
+    """
     kind = "default" if config.rope_scaling == "none" else config.rope_scaling
     scaling = {name: getattr(config, field) for name, field in _SCALINGS[kind].items()}
     if kind in ("yarn", "longrope") and config.rope_attention_factor:
         scaling["attention_factor"] = config.rope_attention_factor
-    partial = {"partial_rotary_factor": config.rope_fraction} if config.rope_fraction != 1 else {}
+    partial = (
+        {"partial_rotary_factor": config.rope_fraction}
+        if config.rope_fraction != partial_default
+        else {}
+    )
     parameters = {"rope_type": kind, "rope_theta": config.rope_theta} | scaling | partial
     old = {"rope_type": kind} | scaling if scaling else None
     lengths = {"max_position_embeddings": config.rope_original_length} if kind == "dynamic" else {}
@@ -205,27 +227,36 @@ def write_rope(config: TransformerConfig) -> Values:
     }
 
 
-def read_layer_rope(hf: Values, far_theta: float, near_theta: float) -> Values:
+def read_layer_rope(
+    hf: Values, types: Collection[str], far_theta: float, near_theta: float
+) -> Values:
     """Read RoPE of global ("far") and local ("near") layers: `rope_parameters` by layer type.
 
     Older files have `rope_theta` and `rope_scaling` for global layers, and `rope_local_base_freq`
     for local ones.
 
     Args:
-        hf: config.json, with `sliding_window` unless no layer is local.
-        far_theta: default theta of global layers.
-        near_theta: default theta of local layers.
+        hf: config.json.
+        types: types of the layers.
+        far_theta: theta of global layers where it is missing.
+        near_theta: theta of local layers where it is missing.
     """
     by_type = {} if hf.get("rope_parameters") is None else hf["rope_parameters"]
     if not isinstance(by_type, dict):
         raise UnsupportedConfig(f"config.json: the RoPE settings {by_type} are not an object")
     lengths = {"max_position_embeddings": hf.get("max_position_embeddings")}
-    old = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
-    far = read_rope(lengths | {"rope_parameters": by_type.get(GLOBAL) or old}, far_theta)
-    old = {"rope_theta": hf.get("rope_local_base_freq")}
-    near = read_rope(lengths | {"rope_parameters": by_type.get(LOCAL) or old}, near_theta)
-    if near == far or not hf.get("sliding_window"):
+
+    def read(kind: str, older: Values, theta: float, key: str) -> Values:
+        rope = (by_type.get(kind) or {}) | older
+        rope.pop("truncate", None)  # transformers does not find it here
+        return read_rope(lengths | {"rope_parameters": rope}, hf.get(key) or theta)
+
+    far = read(GLOBAL, hf.get("rope_scaling") or {}, far_theta, "rope_theta")
+    near = read(LOCAL, {}, near_theta, "rope_local_base_freq")
+    if near == far or LOCAL not in types:
         return far
+    if GLOBAL not in types:
+        return near
     if near["rope_scaling"] != "none":
         raise UnsupportedConfig("config.json: scaled rotary wavelengths of local layers")
     return far | {"rope_theta_local": near["rope_theta"]}
@@ -247,7 +278,9 @@ def read_common(hf: Values) -> Values:
         "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "head_dim": hf.get("head_dim") or 0,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "attention_dropout": hf.get("attention_dropout", 0.0),
+        "attention_dropout": hf.get("attention_dropout") or 0.0,
+        "activation": lm_word(hf, "hidden_act", GATED_ACTIVATIONS, "silu"),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
     }
 
 
@@ -259,19 +292,18 @@ def write_common(config: TransformerConfig) -> Values:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": config.attention_dropout,
+        "hidden_act": hf_word(config.activation, GATED_ACTIVATIONS, "activation"),
     }
 
 
 def read_decoder(hf: Values, theta: float = 10_000.0) -> Values:
-    """Read the settings of a decoder with SwiGLU and one RoPE theta."""
-    lm_word(hf, "hidden_act", {"silu": "swiglu", "swish": "swiglu"}, "silu")
-    tied = hf.get("tie_word_embeddings", False)
-    return read_common(hf) | read_rope(hf, theta) | {"tie_embeddings": tied}
+    """Read the settings of a decoder with one RoPE theta."""
+    return read_common(hf) | read_rope(hf, theta)
 
 
 def write_decoder(config: TransformerConfig) -> Values:
-    """Write the settings of a decoder with SwiGLU and one RoPE theta."""
-    return write_common(config) | write_rope(config) | {"hidden_act": "silu"}
+    """Write the settings of a decoder with one RoPE theta."""
+    return write_common(config) | write_rope(config)
 
 
 def _read_llama(hf: Values) -> Values:
@@ -436,7 +468,6 @@ def decoder(
         write=write,
         output="lm_head.weight",
         table="model.embed_tokens.weight",
-        defaults={"max_position_embeddings": 2048},  # Llama 1; RoPE has no maximum position
         ignored=[r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"],
     )
 

@@ -13,7 +13,6 @@ from lm.interop.family import (
     Family,
     UnsupportedConfig,
     Values,
-    lm_word,
     positive_number,
     read_size,
 )
@@ -24,12 +23,13 @@ from lm.interop.llama import (
     LOCAL,
     config_layer_types,
     decoder,
-    is_nope,
+    has_rope,
     read_common,
     read_nope,
     read_rope,
     read_windows,
     write_common,
+    write_nope,
     write_rope,
 )
 from lm.interop.qwen_moe import gated_mappings, read_sparse_layers, sparse_layers
@@ -69,18 +69,7 @@ _PERMUTED = [
 ]
 
 
-_DEFAULTS: Values = {
-    "num_local_experts": 16,
-    "num_experts_per_tok": 1,
-    "intermediate_size_mlp": 16384,
-    "head_dim": 128,
-    "attention_chunk_size": 8192,
-}
-
-
 def _read(hf: Values) -> Values:
-    lm_word(hf, "hidden_act", {"silu": "swiglu", "swish": "swiglu"}, "silu")
-    hf = _DEFAULTS | hf
     width = read_size(hf, "intermediate_size")
     found = (
         read_common(hf)
@@ -88,8 +77,6 @@ def _read(hf: Values) -> Values:
         | read_nope(hf)
         | _read_mixture(hf)
         | {
-            "norm_eps": hf.get("rms_norm_eps", 1e-5),
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
             "attention_bias": "all" if hf.get("attention_bias") else "none",
             "rope_norm": bool(hf.get("use_qk_norm", True)),
             "d_ff": read_size(hf, "intermediate_size_mlp"),
@@ -97,11 +84,10 @@ def _read(hf: Values) -> Values:
             "shared_expert_d_ff": width,
         }
     )
-    if hf.get("attn_temperature_tuning", True) and found["nope_every"]:
+    if hf.get("attn_temperature_tuning", True) and not all(has_rope(hf)):
         found["nope_temperature"] = positive_number("attn_scale", hf.get("attn_scale", 0.1))
         found["nope_temperature_length"] = read_size({"floor_scale": 8192} | hf, "floor_scale")
-    nope = is_nope(read_size(hf, "num_hidden_layers"), found["nope_every"])
-    default = [GLOBAL if without else _CHUNKED for without in nope]
+    default = [_CHUNKED if rotated else GLOBAL for rotated in has_rope(hf)]
     types = hf.get("layer_types") or default
     if LOCAL in types:
         raise UnsupportedConfig(f"config.json: layer_types has {LOCAL}")
@@ -143,12 +129,11 @@ def _write(config: TransformerConfig) -> Values:
         | write_rope(c)
         | written
         | {
-            "hidden_act": "silu",
             "intermediate_size": width,
             "intermediate_size_mlp": c.d_ff,
             "attention_bias": "query" in c.attention_biases,
             "use_qk_norm": c.rope_norm,
-            "no_rope_layers": [int(not nope) for nope in is_nope(c.n_layers, c.nope_every)],
+            "no_rope_layers": write_nope(c),
             "attn_temperature_tuning": c.nope_temperature > 0,
             "attn_scale": c.nope_temperature or 0.1,
             "floor_scale": c.nope_temperature_length,

@@ -205,10 +205,8 @@ def _read_bamba(hf: Values) -> Values:
         | read_rope(hf, partial=0.5)
         | found
         | {
-            "rope_fraction": 0.5,  # whatever the file has, as in transformers
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
+            "rope_fraction": 0.5,  # whatever the file says, as in transformers
             "attention_layers": tuple(layers),
-            "norm_eps": hf.get("rms_norm_eps", 1e-5),
             "bias": hf.get("mlp_bias", False),
             "attention_bias": "all" if hf.get("attention_bias") else "none",
         }

@@ -67,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         whisper.WHISPER,
         t5.T5,
         t5.MT5,
+        t5.UMT5,
         llama.LLAMA,
         llama.MISTRAL,
         llama.MIXTRAL,

@@ -6,11 +6,13 @@ feed-forward, with the activated one first.
 
 from __future__ import annotations
 
+from lm.interop.activation_words import ACTIVATIONS, GATED_ACTIVATIONS
 from lm.interop.family import (
     Family,
     Head,
     UnsupportedConfig,
     Values,
+    hf_word,
     lm_word,
     positive_number,
     read_size,
@@ -30,6 +32,7 @@ from lm.interop.tensor_mapping import (
     output_mapping,
     same_layout,
 )
+from lm.kernels.elementwise import output_activation
 from lm.models.transformer_config import TransformerConfig
 
 _SPECIAL_IDS = tuple(f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep"))
@@ -61,22 +64,22 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 
 def _read(hf: Values) -> Values:
-    lm_word(hf, "hidden_activation", {"gelu": "geglu_erf"}, "gelu")
-    require_equal(hf, classifier_activation="gelu", decoder_bias=True)
-    n_layers, window = read_size(hf, "num_hidden_layers"), hf.get("local_attention", 128)
+    require_equal(hf, decoder_bias=True)
+    n_layers = read_size(hf, "num_hidden_layers")
     key = "global_attn_every_n_layers"
     every = int(positive_number(key, hf.get(key, 3)))
-    types = hf.get("layer_types") or layer_types(n_layers, window, every, global_first=True)
-    found = read_windows(hf | {"sliding_window": window}, types)
+    types = hf.get("layer_types") or layer_types(n_layers, every, 0)
     old = {
         "rope_theta": hf.get("global_rope_theta"),
         "rope_local_base_freq": hf.get("local_rope_theta"),
+        "sliding_window": hf["local_attention"],
     }
-    rope = read_layer_rope(hf | old | {"sliding_window": found["window"]}, 160_000.0, 10_000.0)
     return (
-        found
-        | rope
+        read_windows(hf | old, types)
+        | read_layer_rope(hf | old, types, 160_000.0, 10_000.0)
         | {
+            "activation": lm_word(hf, "hidden_activation", GATED_ACTIVATIONS, "gelu"),
+            "transform_activation": lm_word(hf, "classifier_activation", ACTIVATIONS, "gelu"),
             "bias": hf.get("mlp_bias", False),
             "attention_bias": "all" if hf.get("attention_bias") else "none",
             "norm_bias": hf.get("norm_bias", False),
@@ -104,7 +107,12 @@ def _write(config: TransformerConfig) -> Values:
         "rope_parameters": rope["rope_parameters"],
         "layer_types": config_layer_types(config),
         "local_attention": config.window or 128,
-        "hidden_activation": "gelu",
+        "hidden_activation": hf_word(config.activation, GATED_ACTIVATIONS, "activation"),
+        "classifier_activation": hf_word(
+            output_activation(config.transform_activation, config.activation),
+            ACTIVATIONS,
+            "transform_activation",
+        ),
         "mlp_bias": config.bias,
         "attention_bias": "query" in config.attention_biases,
         "norm_bias": config.norm_bias,
@@ -147,7 +155,6 @@ MODERNBERT = Family(
         "embedding_norm": True,
         "first_norm": False,
         "positions": "rotary",
-        "activation": "geglu_erf",
     },
     read=_read,
     write=_write,

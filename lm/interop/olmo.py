@@ -34,7 +34,6 @@ _ALWAYS: dict[str, Any] = {"qk_norm": True, "qk_norm_over": "all"}
 
 def _read(hf: Values) -> Values:
     return read_decoder(hf) | {
-        "norm_eps": hf.get("rms_norm_eps", 1e-5),
         "attention_bias": "all" if hf.get("attention_bias") else "none",
     }
 
@@ -44,13 +43,9 @@ def _write(config: TransformerConfig) -> Values:
 
 
 def _read_olmo3(hf: Values) -> Values:
-    n_layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    types = hf.get("layer_types") or layer_types(n_layers, window or 0, 4)
-    found = read_windows(hf | {"sliding_window": window}, types)
-    theta = hf.get("rope_theta") or 5e5
+    types = hf.get("layer_types") or layer_types(hf["num_hidden_layers"], 4, 3)
     flat = {key: value for key, value in hf.items() if not key.startswith("rope_")}
-    rope = read_layer_rope(hf | {"sliding_window": found["window"]}, theta, theta)
-    return _read(flat) | found | rope
+    return _read(flat) | read_windows(hf, types) | read_layer_rope(hf, types, 5e5, 5e5)
 
 
 def _write_olmo3(config: TransformerConfig) -> Values:

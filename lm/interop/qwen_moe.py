@@ -6,7 +6,7 @@ gate. Some layers may be dense.
 
 from __future__ import annotations
 
-from lm.interop.family import UnsupportedConfig, Values, read_size
+from lm.interop.family import Values, read_size
 from lm.interop.llama import (
     DENSE,
     FEED_FORWARD,
@@ -73,24 +73,18 @@ def sparse_layers(config: TransformerConfig) -> list[bool]:
 
 
 def read_sparse_layers(is_sparse: list[bool]) -> Values:
-    """Return `dense_layers` and `experts_every`, or nothing if no layer has experts.
+    """Return `dense_layers` and `experts_every`, else `expert_layers`; nothing without experts.
 
     Args:
-        is_sparse: which layers have experts.
-
-    Raises:
-        UnsupportedConfig: they are not every n-th of the last layers.
+        is_sparse: the layers that have experts.
     """
     numbers = [i for i, sparse in enumerate(is_sparse) if sparse]
     if not numbers:
         return {}
     every = numbers[1] - numbers[0] if numbers[1:] else 1
     first = numbers[0] - every + 1
-    regular = [i >= first and (i - first + 1) % every == 0 for i in range(len(is_sparse))]
-    if first < 0 or is_sparse != regular:
-        raise UnsupportedConfig(
-            "config.json: the layers with experts are not each n-th of the last"
-        )
+    if first < 0 or numbers != list(range(numbers[0], len(is_sparse), every)) or not is_sparse[-1]:
+        return {"expert_layers": tuple(numbers)}
     return {"dense_layers": first, "experts_every": every}
 
 

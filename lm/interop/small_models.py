@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lm.interop.family import UnsupportedConfig, Values, lm_word, positive_number, require_equal
+from lm.interop.family import UnsupportedConfig, Values, positive_number, require_equal
 from lm.interop.llama import (
     GLOBAL,
     LOCAL,
     MLP,
     config_layer_types,
     decoder,
-    is_nope,
+    has_rope,
     one_window,
     read_common,
     read_decoder,
@@ -26,12 +26,12 @@ from lm.interop.llama import (
     read_windows,
     write_common,
     write_decoder,
+    write_nope,
     write_one_window,
     write_rope,
 )
 from lm.models.transformer_config import TransformerConfig
 
-_SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
 _NO_PADDING = {"pad_token_id": None}  # the published default may be beyond the table
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_multiplier",
@@ -53,11 +53,9 @@ def _write_biases(config: TransformerConfig) -> Values:
 
 
 def _read_smollm3(hf: Values) -> Values:
-    hf = hf | {"tie_word_embeddings": hf.get("tie_word_embeddings", True)}
     nope = read_nope(hf)
     used = bool(hf.get("use_sliding_window")) and hf.get("sliding_window") is not None
-    without = is_nope(hf["num_hidden_layers"], nope["nope_every"])
-    default = [LOCAL if used and x else GLOBAL for x in without]
+    default = [GLOBAL if rotated or not used else LOCAL for rotated in has_rope(hf)]
     types = hf.get("layer_types") or default
     return read_decoder(hf, 2e6) | _read_biases(hf) | nope | read_windows(hf, types)
 
@@ -69,7 +67,7 @@ def _write_smollm3(config: TransformerConfig) -> Values:
         | _write_biases(c)
         | _NO_PADDING
         | {
-            "no_rope_layers": [int(not nope) for nope in is_nope(c.n_layers, c.nope_every)],
+            "no_rope_layers": write_nope(c),
             "use_sliding_window": bool(c.window),
             "sliding_window": c.window or None,
             "layer_types": config_layer_types(c),
@@ -98,15 +96,11 @@ def _read_phi3(hf: Values) -> Values:
         kind = rope.get("rope_type") or rope.get("type")
         older = {"su": "longrope", "yarn": "longrope"}
         hf[name] = rope | {"rope_type": older.get(kind, kind) if isinstance(kind, str) else kind}
-    hf = {"original_max_position_embeddings": 4096} | hf
-    lm_word(hf, "hidden_act", _SWIGLU, "silu")
     return (
         read_common(hf)
         | read_rope(hf, partial=1.0)
         | one_window(hf, None)
         | {
-            "norm_eps": hf.get("rms_norm_eps", 1e-5),
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
             "dropout": hf.get("resid_pdrop", 0.0),
         }
     )
@@ -130,14 +124,12 @@ def _write_phi3(config: TransformerConfig) -> Values:
 
 def _read_stablelm(hf: Values) -> Values:
     require_equal(hf, use_parallel_residual=False, qk_layernorm=False)
-    lm_word(hf, "hidden_act", _SWIGLU, "silu")
     return (
         read_common(hf)
         | read_rope(hf, partial=0.25)
         | {
             "head_dim": 0,
             "norm_eps": hf.get("layer_norm_eps", 1e-5),
-            "tie_embeddings": hf.get("tie_word_embeddings", False),
             "attention_bias": "qkv" if hf.get("use_qkv_bias") else "none",
             "dropout": hf.get("hidden_dropout", 0.0),
         }
@@ -145,10 +137,9 @@ def _read_stablelm(hf: Values) -> Values:
 
 
 def _write_stablelm(config: TransformerConfig) -> Values:
-    written = write_common(config) | write_rope(config)
+    written = write_common(config) | write_rope(config, 0.25)
     del written["rms_norm_eps"], written["head_dim"]
     return written | {
-        "hidden_act": "silu",
         "layer_norm_eps": config.norm_eps,
         "use_qkv_bias": "query" in config.attention_biases,
         "hidden_dropout": config.dropout,

@@ -1,15 +1,17 @@
-"""T5 (Raffel et al. 2020), T5 1.1 (Shazeer 2020) and mT5 (Xue et al. 2021).
+"""T5 (Raffel et al. 2020), T5 1.1 (Shazeer 2020), mT5 (Xue et al. 2021), UMT5 (Chung et al. 2023).
 
-All layers of a stack share the relative position bias, stored in the first layer. In config.json
-T5 1.1 differs only by `tie_word_embeddings: false`, which since transformers 5 means unscaled
-logits; the tensors of the file determine whether the embeddings are tied. mT5 never scales logits.
+All layers of a stack share the relative position bias, stored in the first layer; in UMT5 each has
+its own. T5 1.1 differs in config.json by `tie_word_embeddings: false` only, which since
+transformers 5 means unscaled logits; whether the embeddings are tied follows from the tensors of
+the file. mT5 never scales them, UMT5 always.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lm.interop.family import Family, Values, hf_word, lm_word
+from lm.interop.activation_words import T5_ACTIVATIONS
+from lm.interop.family import Family, Values, hf_word, lm_word, read_size
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -19,14 +21,6 @@ from lm.interop.tensor_mapping import (
 )
 from lm.kernels.elementwise import GATED
 from lm.models.transformer_config import TransformerConfig
-
-ACTIVATIONS = {
-    "relu": "relu",
-    "gated-gelu": "geglu",
-    "gated-silu": "swiglu",
-    "gelu_new": "gelu_tanh",
-    "gelu": "gelu_erf",
-}
 
 
 def _attention(name: str, path: str) -> list[TensorMapping]:
@@ -41,11 +35,12 @@ def _attention(name: str, path: str) -> list[TensorMapping]:
 def _stack(stack: str, feed_forward: int, gated: bool) -> list[TensorMapping]:
     """Map the tensors of "encoder" or "decoder", whose sublayers have numbers."""
     path, block = f"{stack}/layers", f"{stack}.block.{{}}.layer"
-    first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    bias = ".layer.0.SelfAttention.relative_attention_bias.weight"
     dense = f"{block}.{feed_forward}.DenseReluDense"
     return [
         *_attention(f"{block}.0.SelfAttention", f"{path}/attention"),
-        same_layout(first, f"{stack}/relative_bias/embedding"),
+        same_layout(f"{stack}.block.0{bias}", f"{stack}/relative_bias/embedding"),
+        same_layout(f"{stack}.block.{{}}{bias}", f"{path}/relative_bias/embedding"),
         *norm_mappings(f"{block}.0.layer_norm", f"{path}/attention_norm"),
         *linear_mappings(f"{dense}.wi_0", f"{path}/feed_forward/gate"),
         *linear_mappings(f"{dense}.wi_1" if gated else f"{dense}.wi", f"{path}/feed_forward/in"),
@@ -62,7 +57,7 @@ def _read(hf: Values) -> Values:
         "relative_buckets": hf.get("relative_attention_num_buckets", 32),
         "relative_max_distance": hf.get("relative_attention_max_distance", 128),
         "norm_eps": hf.get("layer_norm_epsilon", 1e-6),
-        "activation": lm_word(hf, "feed_forward_proj", ACTIVATIONS, "relu"),
+        "activation": lm_word(hf, "feed_forward_proj", T5_ACTIVATIONS, "relu"),
         "tie_embeddings": True,
         "scale_logits": scaled,
         "dropout": hf.get("dropout_rate", 0.1),
@@ -78,7 +73,7 @@ def _write(config: TransformerConfig) -> Values:
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_max_distance,
         "layer_norm_epsilon": config.norm_eps,
-        "feed_forward_proj": hf_word(config.activation, ACTIVATIONS, "activation"),
+        "feed_forward_proj": hf_word(config.activation, T5_ACTIVATIONS, "activation"),
         "tie_word_embeddings": scaled,
         "dropout_rate": config.dropout,
         "is_encoder_decoder": True,
@@ -146,4 +141,20 @@ MT5 = replace(
     classes={frozenset(): "MT5ForConditionalGeneration"},
     read=_read_mt5,
     write=lambda config: _write(config) | {"tie_word_embeddings": False},
+)
+
+
+def _read_umt5(hf: Values) -> Values:
+    # The class scales logits whatever config.json says, those of a matrix of their own too.
+    scale = {"scale_logits": False, "logits_scaling": read_size(hf, "d_model") ** 0.5}
+    return _read(hf) | scale
+
+
+UMT5 = replace(
+    T5,
+    model_type="umt5",
+    classes={frozenset(): "UMT5ForConditionalGeneration"},
+    read=_read_umt5,
+    write=lambda config: _write(config) | {"tie_word_embeddings": True},
+    fixed={**T5.fixed, "relative_per_layer": True},
 )

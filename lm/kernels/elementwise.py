@@ -50,6 +50,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
     "gelu_erf": gelu_erf,
+    "silu": jax.nn.silu,
+    "reglu": jax.nn.relu,
     "swiglu": jax.nn.silu,
     "geglu": partial(jax.nn.gelu, approximate=True),
     "geglu_erf": gelu_erf,
@@ -57,12 +59,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 # Function of the other projection that gated linear units multiply by (Shazeer 2020).
 GATED: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "reglu": jnp.positive,
     "swiglu": jnp.positive,
     "geglu": jnp.positive,
     "geglu_erf": jnp.positive,
     "swiglu_clipped": lambda x: jnp.clip(x, -7, 7) + 1,
 }
-UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf"}  # for output layers
+_UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf", "reglu": "relu"}
+
+
+def output_activation(name: str, of_layers: str) -> str:
+    """Return the activation before an output layer: `name`, or with "family" that of the layers."""
+    return _UNGATED.get(of_layers, of_layers) if name == "family" else name
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:

@@ -45,7 +45,7 @@ class AheadModules(nn.Module):
             positions_BL: positions of the hidden states.
             mask: mask of self-attention, as in the model's stack.
         """
-        c, found = replace(self.config, dense_layers=0), []
+        c, found = replace(self.config, dense_layers=0, expert_layers=()), []
         for i, token_BLD in enumerate(next_BLD):
             norms = make_norm(c, f"token_norm_{i}", "body"), make_norm(c, f"norm_{i}", "body")
             both = jnp.concatenate([norms[0](token_BLD), norms[1](x_BLD)], axis=-1)

@@ -432,7 +432,7 @@ def rotations(
     """
     c = config
     differs = c.rope_scaling != "none" or c.rope_fraction != 1
-    if c.window or c.nope_every or c.rope_norm or differs:
+    if c.window or c.nope_every or c.nope_layers or c.rope_norm or differs:
         from lm.models.rotary import further_rotations
 
         return further_rotations(c, positions_BL, segments_BL)

@@ -31,9 +31,11 @@ class AttentionConfig:
     window_chunks: bool = False
     global_every: int = 0
     global_first: bool = False
+    global_layers: tuple[float, ...] = ()
     positions: str = "learned"
     position_offset: int = 0
     nope_every: int = 0
+    nope_layers: tuple[float, ...] = ()
     nope_temperature: float = 0.0
     nope_temperature_length: int = 8192
     rope_theta: float = 10_000.0
@@ -51,4 +53,5 @@ class AttentionConfig:
     rope_long_factor: tuple[float, ...] = ()
     relative_buckets: int = 32
     relative_max_distance: int = 128
+    relative_per_layer: bool = False
     attention_dropout: float = 0.0

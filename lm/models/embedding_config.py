@@ -19,6 +19,7 @@ class EmbeddingConfig:
     logits_scaling: float = 1.0
     logit_softcap: float = 0.0
     transform_bias: bool = True
+    transform_activation: str = "family"
     first_norm: bool = True
     copy: bool = False
     n_classes: int = 0

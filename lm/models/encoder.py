@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.elementwise import ACTIVATIONS, UNGATED, gelu_erf
+from lm.kernels.elementwise import ACTIVATIONS, gelu_erf, output_activation
 from lm.models.decoder import Model
 from lm.models.generator import Generator, generator_config
 from lm.models.layers import make_norm
@@ -69,7 +69,7 @@ class Encoder(Model):
     def logits(self, x_BPD: jax.Array) -> jax.Array:
         """Return logits [B, P, V]: dense layer, norm, output matrix and bias."""
         c = self.config
-        act = ACTIVATIONS[UNGATED.get(c.activation, c.activation)]
+        act = ACTIVATIONS[output_activation(c.transform_activation, c.activation)]
         x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
         return self.logit_bias(super().logits(x_BPD))
 
@@ -98,6 +98,6 @@ class Encoder(Model):
     def replaced(self, x_BLD: jax.Array) -> jax.Array:
         """Return the logits [B, L] of "this token was replaced" (Clark et al. 2020, §2)."""
         c = self.config
-        act = ACTIVATIONS[UNGATED.get(c.activation, c.activation)]
+        act = ACTIVATIONS[output_activation("family", c.activation)]
         y_BLD = act(self.replaced_transform(x_BLD).astype(c.dtype))
         return self.replaced_head(self._scale_output(y_BLD))[..., 0]

@@ -12,6 +12,7 @@ class ExpertsConfig:
     n_experts: int = 0
     experts_per_token: int = 2
     experts_every: int = 1
+    expert_layers: tuple[float, ...] = ()
     dense_layers: int = 0
     expert_d_ff: int = 0
     expert_weights: str = "auto"

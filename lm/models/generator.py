@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.elementwise import ACTIVATIONS, UNGATED
+from lm.kernels.elementwise import ACTIVATIONS, output_activation
 from lm.models.embedding_projections import make_projection
 from lm.models.layers import Linear, make_norm
 from lm.models.task_layers import Bias
@@ -71,7 +71,8 @@ class Generator(nn.Module):
 
     def transformed(self, x_BPW: jax.Array) -> jax.Array:
         """Return the input of the multiplication with the token table, [B, P, E]."""
-        act = ACTIVATIONS[UNGATED.get(self.config.activation, self.config.activation)]
+        c = self.config
+        act = ACTIVATIONS[output_activation(c.transform_activation, c.activation)]
         return self.transform_norm(act(self.transform(x_BPW)))
 
     def biased(self, logits_BPV: jax.Array) -> jax.Array:

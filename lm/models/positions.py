@@ -6,14 +6,17 @@ Shape letters: B batch, L queries, S keys, D model, H heads.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.models.attention import MixerInputs
 from lm.models.transformer_config import TransformerConfig
-from lm.models.variables import Kind, Role, param
+from lm.models.variables import Kind, Part, Role, param
+from lm.parallel.mesh import current_mesh
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:
@@ -67,7 +70,8 @@ class RelativeBias(nn.Module):
     def __call__(self, distances: jax.Array) -> jax.Array:
         """Return the bias [H, …] of distances of any shape, float32."""
         c = self.config
-        role = Role(Kind.POSITION_BIAS, c.stream, "input", inputs=1)
+        part: Part = "layers" if c.relative_per_layer else "input"
+        role = Role(Kind.POSITION_BIAS, c.stream, part, inputs=1)
         init, shape = c.kernel_init(c.output_std(c.n_heads)), (c.relative_buckets, c.n_heads)
         table = param(self, "embedding", init, shape, ("positions", "heads"), role)
         buckets = relative_buckets(
@@ -113,7 +117,7 @@ def position_bias(
     n_queries: int,
     n_keys: int,
     offset: jax.Array | int,
-    by_distance: bool,
+    whole: bool,
 ) -> jax.Array:
     """Return the position bias of a stack's scores, inside its module.
 
@@ -122,17 +126,19 @@ def position_bias(
         bidirectional: keys after the query are visible.
         n_queries: number of queries L.
         n_keys: number of keys S.
-        offset: index of the first query among the keys, which may differ between rows.
-        by_distance: one number for each distance, for the kernel "flash".
+        offset: index of the first query among the keys, which each row may have of its own.
+        whole: the queries are the whole text, none being in a cache.
 
     Returns:
-        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; if offsets differ
-        between rows, by distance from 1 - S to L - 1. For "disentangled", the table [R, D].
+        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; of rows with offsets
+        of their own by distance from 1 - S to L - 1. Of "disentangled" positions the table [R, D];
+        with `relative_per_layer` the distances, for `layer_bias`.
     """
     if config.positions == "disentangled":
         from lm.models.disentangled_attention import RelativeTable
 
         return RelativeTable(config, name="relative_table")()
+    by_distance = config.attention == "flash" and whole and current_mesh() is not None
     if isinstance(offset, jax.Array) and offset.ndim:
         distances = jnp.arange(1 - n_keys, n_queries)
     elif by_distance:
@@ -141,4 +147,13 @@ def position_bias(
         distances = jnp.arange(n_keys) - (offset + jnp.arange(n_queries))[:, None]
     if config.positions == "alibi":
         return alibi_bias(config.n_heads, distances)
+    if config.relative_per_layer:
+        return distances
     return RelativeBias(config, bidirectional, name="relative_bias")(distances)
+
+
+def layer_bias(config: TransformerConfig, inputs: MixerInputs) -> MixerInputs:
+    """Replace distances by the position bias of one layer, inside its module (UMT5)."""
+    assert inputs.bias_HLS is not None
+    bias = RelativeBias(config, not inputs.mask.causal, name="relative_bias")
+    return replace(inputs, bias_HLS=bias(inputs.bias_HLS))

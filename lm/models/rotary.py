@@ -119,7 +119,7 @@ def further_rotations(
     angles, local = rotary_angles(positions_BL, R, c.rope_theta, scale), None
     if c.window and c.rope_theta_local:
         local = rotary_angles(positions_BL, R, c.rope_theta_local)
-        angles, local = (angles, local) if c.global_every else (local, None)
+        angles, local = (angles, local) if c.is_global(c.n_layers) is not None else (local, None)
     temperature = None
     if c.nope_temperature:
         steps_BL = jnp.floor((positions_BL + 1.0) / c.nope_temperature_length)

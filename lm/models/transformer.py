@@ -27,7 +27,7 @@ from lm.models.layers import FeedForward, make_norm
 from lm.models.remat import REMAT_POLICIES
 from lm.models.transformer_config import LayerType, Segment, TransformerConfig, segments
 from lm.models.variables import COLLECTIONS, MODEL_STATE
-from lm.parallel.mesh import constrain, current_mesh, current_pipeline
+from lm.parallel.mesh import constrain, current_pipeline
 
 
 @flax.struct.dataclass
@@ -37,7 +37,8 @@ class StackInputs:
     Attributes:
         mask: mask of self-attention, without windows.
         rotations: RoPE of all layers.
-        bias_HLS: position bias of the scores, as in `MixerInputs`.
+        bias_HLS: position bias of the scores, as in `MixerInputs`; with `relative_per_layer` the
+            distances that layers compute it from.
         encoded_BSD: encoder output; None in later decoding steps, which read cached keys.
         source_mask: mask of cross-attention; None in a stack without it.
     """
@@ -101,6 +102,10 @@ class Block(nn.Module):
             mixer = MIXERS[kind.mixer](c, self.deterministic, y_BLW.shape[-1], name="attention")
             mask = replace(inputs.mask, window=c.window, is_global=layer.is_global)
             mixer_inputs = MixerInputs(mask, bias_HLS=inputs.bias_HLS)
+            if c.relative_per_layer:
+                from lm.models.positions import layer_bias
+
+                mixer_inputs = layer_bias(c, mixer_inputs)
             if inputs.rotations is not None:
                 rotation = inputs.rotations.of_layer(layer.is_global, layer.is_nope)
                 mixer_inputs = replace(mixer_inputs, rotation=rotation)
@@ -298,8 +303,7 @@ class Stack(nn.Module):
         if c.positions in POSITION_BIASES:
             from lm.models.positions import position_bias
 
-            by_distance = c.attention == "flash" and cache is None and current_mesh() is not None
-            bias = position_bias(c, not self.causal, L, n_keys, mask.offset, by_distance)
+            bias = position_bias(c, not self.causal, L, n_keys, mask.offset, cache is None)
             inputs = replace(inputs, bias_HLS=bias)
         return inputs
 

@@ -22,17 +22,9 @@ from lm.config.registries import MIXERS, MODELS
 from lm.models.attention_config import ATTENTION_BIASES, AttentionConfig
 from lm.models.embedding_config import EmbeddingConfig
 from lm.models.experts_config import ExpertsConfig
+from lm.models.layer_patterns import expert_layers, global_layers, nope_layers
 from lm.models.residual_config import ResidualConfig
 from lm.models.variables import Initializer, Stream
-
-
-def global_layers(n_layers: int, window: int, global_every: int, first: bool) -> np.ndarray:
-    """Return which layers attend beyond a window, [N] bool: every `global_every`-th, or all.
-
-    With `first` they are layers 1, n + 1, … of 1, 2, …, else n, 2n, ….
-    """
-    numbers = np.arange(1, n_layers + 1) - (first and global_every > 0)
-    return numbers % (global_every or n_layers + 1) == 0 if window else numbers > 0
 
 
 @dataclass(frozen=True)
@@ -182,19 +174,19 @@ class TransformerConfig(
 
     def layer_types(self, n_layers: int) -> tuple[LayerType, ...]:
         """Return the type of each layer of a stack of `n_layers`."""
-        is_global_N = self._global_layers(n_layers)
-        types = []
+        is_global_N, sparse_N, types = np.ones(n_layers, bool), np.zeros(n_layers, bool), []
+        plain = "dense" if self.feed_forward else "none"
+        if self.window or self.n_experts:
+            is_global_N, sparse_N = global_layers(self, n_layers), expert_layers(self, n_layers)
         for i in range(n_layers):
-            after = i - self.dense_layers  # number among the layers after the dense prefix
             is_raw = i == 0 and not self.first_norm
-            sparse = self.n_experts > 0 and after >= 0 and (after + 1) % self.experts_every == 0
             types.append(
                 LayerType(
-                    feed_forward="experts" if sparse else "dense" if self.feed_forward else "none",
+                    feed_forward="experts" if sparse_N[i] else plain,
                     mixer="attention" if i in self.attention_layers else self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual == "sum" and not self.unrolled,
-                    group=int(after >= 0) + 2 * is_raw,
+                    group=int(i >= self.dense_layers) + 2 * is_raw,
                     raw_input=is_raw,
                 )
             )
@@ -207,15 +199,12 @@ class TransformerConfig(
 
     def is_nope(self, n_layers: int) -> np.ndarray | None:
         """Return the layers without positions, [N] bool; None if all layers are alike."""
-        return np.arange(1, n_layers + 1) % self.nope_every == 0 if self.nope_every else None
+        return nope_layers(self, n_layers) if self.nope_every or self.nope_layers else None
 
     def is_global(self, n_layers: int) -> np.ndarray | None:
         """Return `global_layers` of a stack of `n_layers`, or None if all layers are alike."""
-        mixed = self.window and self.global_every
-        return self._global_layers(n_layers) if mixed else None
-
-    def _global_layers(self, n_layers: int) -> np.ndarray:
-        return global_layers(n_layers, self.window, self.global_every, self.global_first)
+        is_mixed = self.window and (self.global_every or self.global_layers)
+        return global_layers(self, n_layers) if is_mixed else None
 
     @property
     def attention_biases(self) -> tuple[str, ...]:

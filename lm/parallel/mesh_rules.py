@@ -44,6 +44,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
     for name, plain in (
         ("residual", "sum"),
         ("dense_layers", 0),
+        ("expert_layers", ()),
         ("first_norm", True),
         ("generator_layers", 0),
         ("attention_layers", ()),

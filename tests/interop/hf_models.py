@@ -13,6 +13,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 VOCABULARY = 96
+CHUNKED = "chunked_attention"
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -327,12 +328,13 @@ DECODERS |= {
         | {"attention_bias": False, "tie_word_embeddings": True},
     ),
     "llama4": ("Llama4ForCausalLM", LLAMA4),
-    "llama4-interleaved": (
+    "llama4-irregular": (
         "Llama4ForCausalLM",
         LLAMA4
-        | {"interleave_moe_layer_step": 2, "use_qk_norm": False, "num_experts_per_tok": 2}
+        | {"use_qk_norm": False, "num_experts_per_tok": 2}
         | {"attention_bias": True, "tie_word_embeddings": True, "attn_temperature_tuning": False}
-        | {"no_rope_layers": [1, 0, 1, 0], "rope_parameters": None},
+        | {"no_rope_layers": [1, 0, 0, 1], "rope_parameters": None, "hidden_act": "gelu"}
+        | {"moe_layers": [0, 1, 3], "layer_types": [*[CHUNKED] * 2, *["full_attention"] * 2]},
     ),
     "smollm3": (
         "SmolLM3ForCausalLM",
@@ -354,11 +356,11 @@ DECODERS |= {
         | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
     ),
     "stablelm": ("StableLmForCausalLM", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
-    "stablelm-half-tied": (
+    "stablelm-whole-tied": (
         "StableLmForCausalLM",
         LLAMA
-        | {"partial_rotary_factor": 0.5, "use_qkv_bias": False, "tie_word_embeddings": True}
-        | {"num_key_value_heads": 4, "layer_norm_eps": 1e-3},
+        | {"partial_rotary_factor": 1.0, "use_qkv_bias": False, "tie_word_embeddings": True}
+        | {"num_key_value_heads": 4, "layer_norm_eps": 1e-3, "hidden_act": "relu"},
     ),
 }
 ENCODERS = {
@@ -386,14 +388,18 @@ ENCODERS = {
         MODERNBERT
         | {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
         | {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 2}
-        | {"tie_word_embeddings": False, "num_attention_heads": 2},
+        | {"tie_word_embeddings": False, "num_attention_heads": 2}
+        | {"hidden_activation": "silu", "classifier_activation": "relu"},
     ),
     "modernbert-global": (
         "ModernBertForMaskedLM",
         MODERNBERT | {"layer_types": ["full_attention"] * 5, "hidden_size": 40},
     ),
     "roberta": ("RobertaForMaskedLM", ROBERTA),
-    "roberta-types": ("RobertaForMaskedLM", ROBERTA | {"type_vocab_size": 2, "pad_token_id": 3}),
+    "roberta-types": (
+        "RobertaForMaskedLM",
+        ROBERTA | {"type_vocab_size": 2, "pad_token_id": 3, "hidden_act": "silu"},
+    ),
 }
 MAMBA2 = {
     **{key: LLAMA[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")},
@@ -434,6 +440,8 @@ ENCODER_DECODERS = {
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "untied": True},
     ),
     "mt5": ("MT5ForConditionalGeneration", T5 | {"num_layers": 2, "d_kv": 10, "untied": True}),
+    "umt5": ("UMT5ForConditionalGeneration", T5 | {"d_kv": 10, "untied": True}),
+    "umt5-tied": ("UMT5ForConditionalGeneration", T5 | {"num_heads": 3, "num_layers": 2}),
     "bart": ("BartForConditionalGeneration", BART),
     "bart-untied-scaled": (
         "BartForConditionalGeneration",

@@ -20,6 +20,8 @@ DEFINITIONS = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu_erf": gelu_erf,
     "gelu_tanh": gelu_tanh,
+    "silu": lambda x: x * scipy.special.expit(x),
+    "reglu": lambda x: np.maximum(x, 0),
     "swiglu": lambda x: x * scipy.special.expit(x),
     "geglu": gelu_tanh,
     "geglu_erf": gelu_erf,
@@ -56,7 +58,7 @@ def test_the_type_is_kept(name):
 
 def test_every_activation_has_a_definition_here():
     assert set(ACTIVATIONS) == {*DEFINITIONS, "swiglu_clipped"}
-    assert set(GATED) == {"swiglu", "geglu", "geglu_erf", "swiglu_clipped"}
+    assert set(GATED) == {"reglu", "swiglu", "geglu", "geglu_erf", "swiglu_clipped"}
 
 
 def test_clipped_swiglu_is_that_of_gpt_oss():

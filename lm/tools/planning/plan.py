@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.experiment import Experiment, build
 from lm.hardware import Chip
-from lm.models.transformer_config import global_layers
+from lm.models.layer_patterns import global_layers
 from lm.tools.planning.collectives import Collective, collectives
 from lm.tools.planning.hlo import Module, parse_hlo
 from lm.tools.planning.program import (
@@ -222,7 +222,7 @@ def plan_of(
     config, chip = experiment.config, topology.chip
     # The only conditional of a step selects attention with or without a window.
     m = config.model
-    taken = global_layers(m.n_layers, m.window, m.global_every, m.global_first).mean()
+    taken = global_layers(m, m.n_layers).mean()
     module = parse_hlo(compiled.text, taken) if isinstance(compiled, Program) else None
     memory = _memory(experiment, chip, compiled)
     n_devices, n_steps = len(topology.devices), config.train.steps_per_dispatch

@@ -1,0 +1,38 @@
+"""Layers of a stack that ignore the window, have no positions, or have experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def _layers(numbers: tuple[float, ...], n_layers: int, every: int, first: int = 0) -> np.ndarray:
+    """Return layers by their numbers; without numbers each n-th of those from `first` on."""
+    i = np.arange(n_layers)
+    return np.isin(i, numbers) if numbers else (i >= first) & ((i - first + 1) % every == 0)
+
+
+def global_layers(m: Any, n_layers: int) -> np.ndarray:
+    """Return the layers that see beyond the window, [N] bool.
+
+    Args:
+        m: section "model" of a configuration, or a TransformerConfig.
+        n_layers: number of layers of the stack.
+    """
+    if not m.window:
+        return np.ones(n_layers, bool)
+    every = m.global_every or n_layers + 1
+    return _layers(m.global_layers, n_layers, every, 1 - every if m.global_first else 0)
+
+
+def nope_layers(m: Any, n_layers: int) -> np.ndarray:
+    """Return the layers without rotary positions, [N] bool; arguments as of `global_layers`."""
+    return _layers(m.nope_layers, n_layers, m.nope_every or n_layers + 1)
+
+
+def expert_layers(m: Any, n_layers: int) -> np.ndarray:
+    """Return the layers with experts, [N] bool; arguments as of `global_layers`."""
+    if not m.n_experts:
+        return np.zeros(n_layers, bool)
+    return _layers(m.expert_layers, n_layers, m.experts_every, m.dense_layers)

@@ -1,0 +1,30 @@
+"""Values of keys that config.json lacks, and words, beside those of `transformers`."""
+
+import dataclasses
+
+import pytest
+from hf_models import transformers
+
+from lm.interop.class_defaults import CLASS_DEFAULTS
+from lm.interop.model_folder import FAMILIES
+
+
+@pytest.mark.parametrize("kind", CLASS_DEFAULTS)
+def test_a_missing_value_is_that_of_the_class(kind):
+    fields = dataclasses.fields(transformers.AutoConfig.for_model(kind))
+    stated = {f.name: f.default for f in fields}
+    for name, value in CLASS_DEFAULTS[kind].items():
+        assert stated.get(name, value) == value, name
+
+
+def test_every_family_has_defaults():
+    assert CLASS_DEFAULTS.keys() == {family.model_type for family in FAMILIES.values()}
+
+
+def test_a_config_of_sizes_alone_is_read_as_there(make_theirs):
+    """Everything else is at the class's default, whose values a saved config.json would repeat."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 32}
+    for kind in ("llama", "mistral", "qwen3_moe", "gemma2", "smollm3", "gpt_oss", "stablelm"):
+        whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
+        family = FAMILIES[kind]
+        assert family.read_config(sizes) == family.read_config(whole), kind
