@@ -1,4 +1,4 @@
-"""Every test runs on eight CPU devices and compiles into one cache; fixtures that all may use."""
+"""Shared fixtures; every test runs on eight CPU devices and compiles into one cache."""
 # ruff: noqa: E402  JAX reads its variables when it is imported
 
 import gc

@@ -1,4 +1,4 @@
-"""Google's storage, emulated: a server that speaks its HTTP on this machine."""
+"""Emulated Google storage: a local server that speaks its HTTP API."""
 
 from __future__ import annotations
 

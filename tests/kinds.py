@@ -1,4 +1,4 @@
-"""Every kind of training: each objective with each family that it trains, in different styles."""
+"""Every kind of training: each objective with each of its families, in different styles."""
 
 from __future__ import annotations
 

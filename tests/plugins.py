@@ -1,4 +1,4 @@
-"""Plug-ins in tests: undoing what importing them has done to this process."""
+"""Plug-ins in tests: undo the effects of importing them into this process."""
 
 from __future__ import annotations
 

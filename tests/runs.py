@@ -1,4 +1,4 @@
-"""Folders that look as if runs had been trained in them, or hold runs of random weights."""
+"""Folders that look like trained runs, or contain runs with random weights."""
 
 from __future__ import annotations
 

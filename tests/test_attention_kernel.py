@@ -1,4 +1,4 @@
-"""Which attention kernel runs where, what is said about it, and what cannot run."""
+"""Choice of the attention kernel by platform, its explanation, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong is one line, exit code 2, no traceback; and the verbs that print."""
+"""User errors give one line and exit code 2 without a traceback; and the verbs that print."""
 
 from __future__ import annotations
 

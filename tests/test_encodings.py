@@ -1,4 +1,4 @@
-"""Names and texts of any encoding, under any locale: it works, or one line says what is wrong."""
+"""Names and texts in any encoding, under any locale, work or give a one-line error."""
 
 import os
 import subprocess

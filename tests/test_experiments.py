@@ -1,4 +1,4 @@
-"""Every experiment builds, its variants have the published sizes, and its file says so."""
+"""Every experiment builds, and its variants have the published sizes, as documented."""
 
 import csv
 import importlib.util

@@ -1,4 +1,4 @@
-"""One reader of JSON: the value, or a line that names the file; never another exception."""
+"""The JSON reader returns the value, or an error that names the file; no other exceptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress bars: lines where stderr is no terminal, and nothing where it is not asked for."""
+"""Progress bars: lines if stderr is not a terminal, and nothing unless requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`experiments/tutorial.ipynb` runs from its first cell to its last."""
+"""`experiments/tutorial.ipynb` runs from beginning to end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every flag of the table is one that the installed compilers know."""
+"""Every flag in the table is known to the installed compilers."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class Records:
         if not found:
             there = ", ".join(row.values) or "none"
             raise UserError(
-                f"{row.where}: no column has a known name (columns: {there}): set "
+                f"{row.where}: no column has a known name (available: {there}): set "
                 f"--config.data.columns, such as {self.known[0]}={next(iter(row.values), 'NAME')}"
             )
         return found
@@ -172,7 +172,7 @@ class Records:
         for name, column in columns.items():
             value = field_value(row.values, column)
             if value is MISSING:
-                problem = f"no column {column!r} (columns: {', '.join(row.values) or 'none'})"
+                problem = f"no column {column!r} (available: {', '.join(row.values) or 'none'})"
                 if not self.source.same_columns:
                     raise BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")

@@ -103,7 +103,7 @@ class RowDocuments(DocumentSource):
 def no_field(field: str, names: Any) -> str:
     """Return the error message for a field that is not among these names."""
     known = ", ".join(sorted(names)) or "none"
-    return f"no field {field!r} (there are: {known}): set --config.data.field"
+    return f"no field {field!r} (available: {known}): set --config.data.field"
 
 
 def without_lone_surrogates(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Model FLOPs against the products that a program's forward pass holds."""
+"""Model FLOPs compared with the matrix products of a program's forward pass."""
 
 from math import prod
 from types import SimpleNamespace

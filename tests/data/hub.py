@@ -1,4 +1,4 @@
-"""Stand-in of Hugging Face's hub on this machine: one data set of some files, of one commit."""
+"""Local stand-in for Hugging Face's hub, with one commit of one data set."""
 
 from __future__ import annotations
 

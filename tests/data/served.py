@@ -1,4 +1,4 @@
-"""Server of a folder on this machine, which serves ranges and can be told to fail."""
+"""Local HTTP server of a folder, which serves ranges and can be told to fail."""
 
 from __future__ import annotations
 

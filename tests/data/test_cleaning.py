@@ -1,4 +1,4 @@
-"""`lm data clean` finds what the cache does not need, and removes nothing that is not its own."""
+"""`lm data clean` finds unneeded cache files, and removes only the cache's own."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parquet and Arrow: the documents and records of any container are those of JSON lines."""
+"""Parquet and Arrow: documents and records equal those of JSON lines, in any container."""
 
 import json
 
@@ -106,7 +106,7 @@ def test_nested_fields_of_json_lines_that_are_missing_are_named(make_data, tmp_p
     (tmp_path / "f").write_text('{"meta": {"text": "x"}}\n{"meta": {"other": 1}}\n{"meta": 3}\n')
     data = make_data(field="meta.text", bad_rows="skip")
     assert _texts("jsonl:f", data) == ["x"]
-    with pytest.raises(UserError, match=r"f:2: no field 'meta\.text' \(there are: meta\)"):
+    with pytest.raises(UserError, match=r"f:2: no field 'meta\.text' \(available: meta\)"):
         _chunks("jsonl:f", make_data(field="meta.text"))
 
 
@@ -117,7 +117,7 @@ def test_nested_fields_of_json_lines_that_are_missing_are_named(make_data, tmp_p
         (pa.array(["good", None]), 2, "of type NoneType"),
         (pa.array([3, 4]), 1, "of type int"),
         (pa.array([b"good", b"x"]), 1, "of type bytes"),
-        (pa.array(["good", "x"]), 1, "no field 'text' (there are: other)"),
+        (pa.array(["good", "x"]), 1, "no field 'text' (available: other)"),
         (
             pa.Array.from_buffers(
                 pa.string(),
@@ -195,7 +195,7 @@ def test_a_folder_that_datasets_saved(make_data, tmp_path):
             {"text": "text 0", "label": "bad"},
             {"text": "text 1", "label": "good"},
         ]
-    with pytest.raises(UserError, match=r"no split 'x' \(there are: train, validation\)"):
+    with pytest.raises(UserError, match=r"no split 'x' \(available: train, validation\)"):
         open_corpus("arrow:both", make_data(split="x"), "train")
     (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
     with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow: missing"):

@@ -1,4 +1,4 @@
-"""Compressed files: any kind reads as the plain file; damage and wrong endings are one line."""
+"""Compressed files: all kinds read like the plain file; damage and wrong endings give one line."""
 
 import bz2
 import gzip

@@ -191,13 +191,13 @@ def test_bad_rows_are_one_line_or_skipped(build, write, capsys):
 
 def test_a_table_without_a_conversation_is_an_error_even_where_rows_are_skipped(build, tmp_path):
     (tmp_path / "a.csv").write_text("q,a\nHi,Hello\n")
-    with pytest.raises(UserError, match=r"no messages, .*there are: q, a.*--config.data.columns"):
+    with pytest.raises(UserError, match=r"no messages, .*available: q, a.*--config.data.columns"):
         build("csv:a.csv", bad_rows="skip")
     with pytest.raises(UserError, match="unknown name 'text'"):
         build("csv:a.csv", columns="text=q")
     with pytest.raises(UserError, match=r"columns=prompt=q: name messages, or conversations, or"):
         build("csv:a.csv", columns="prompt=q")
-    with pytest.raises(UserError, match=r"no talk \(there are: q, a\): set --config.data.columns"):
+    with pytest.raises(UserError, match=r"no talk \(available: q, a\): set --config.data.columns"):
         build("csv:a.csv", columns="messages=talk", bad_rows="skip")
 
 

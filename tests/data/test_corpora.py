@@ -141,7 +141,7 @@ def test_the_digest_is_that_of_the_content(make_data, tmp_path):
         (
             b'\n{"b": 1, "a": 2}',
             "jsonl:a",
-            ["/a:2: no field 'text' (there are: a, b)", "data.field"],
+            ["/a:2: no field 'text' (available: a, b)", "data.field"],
         ),
         (b'{"text": 3}', "jsonl:a", ["/a:1: field 'text' is of type int"]),
         (b"no gzip", "text:a.gz", ["/a.gz: damaged gzip"]),

@@ -1,4 +1,4 @@
-"""Digests of files are remembered as long as the files stay as they are."""
+"""Digests of files are remembered until the files change."""
 
 import json
 import os

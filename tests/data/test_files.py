@@ -1,4 +1,4 @@
-"""Files of users: names, links, byte order marks, damage; any content is data or one line."""
+"""Users' files: names, links, byte order marks, damage; any content is data or a one-line error."""
 
 import gzip
 import json

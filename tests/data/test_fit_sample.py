@@ -1,4 +1,4 @@
-"""Of a large corpus a bounded sample is fitted to, of a small one all."""
+"""Tokenizers are fitted to a bounded sample of a large corpus, or to all of a small one."""
 
 import pytest
 

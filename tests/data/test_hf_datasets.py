@@ -45,7 +45,7 @@ def test_splits_of_a_folder_of_files(make_data, folder):
     assert texts("datasets:corpus", make_data(), "validation") == ["text 0", "text 1"]
     inner = make_data(field="meta.text")
     assert texts("datasets:corpus", inner) == [row["meta"]["text"] for row in ROWS]
-    with pytest.raises(UserError, match=r"no split 'x' \(there are: train, validation\)"):
+    with pytest.raises(UserError, match=r"no split 'x' \(available: train, validation\)"):
         texts("datasets:corpus", make_data(split="x"))
     with pytest.raises(UserError, match="row 1: no field 'other'"):
         texts("datasets:corpus", make_data(field="other"))

@@ -1,4 +1,4 @@
-"""Rows of files become messages, or are bad with one sentence."""
+"""Rows of files become messages, or are bad with a one-sentence reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A format and a tokenizer of the user's own, outside the repository: documents and records."""
+"""Plug-in formats and tokenizers, outside the repository: documents and records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of preferences: what rows become, what is refused, and the tokens of completions."""
+"""Preference records: results and refusals of rows, and the tokens of completions."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ ROW = {"prompt": "a ", "completion": "b", "label": 1}
 @pytest.mark.parametrize(
     ("row", "columns", "problem"),
     [
-        ({"prompt": "a", "chosen": "b"}, PAIRS, "no column 'rejected' (there are: prompt, chosen)"),
+        ({"prompt": "a", "chosen": "b"}, PAIRS, "no column 'rejected' (available: prompt, chosen)"),
         (PAIR | {"rejected": "b"}, PAIRS, "chosen and rejected are the same"),
         (PAIR | {"chosen": " \n"}, PAIRS, "'chosen' is empty"),
         (PAIR | {"rejected": None}, PAIRS, "no column 'rejected'"),

@@ -89,7 +89,7 @@ def squad(context="A b.", **changes):
         ("jsonl:a", '{"text": "x", "label": 1}\n{"text": 3}', "/a:2: 'text' is of type int", 1),
         ("jsonl:a", '{"text": "\\ud83d", "label": 1}', "/a:1: 'text' is not UTF-8", 0),
         ("jsonl:a", '{"text": "", "label": 1}', "/a:1: 'text' is empty", 0),
-        ("jsonl:a", '{"text": "x"}\n{"label": 1}', "/a:2: no column 'text' (columns: label)", 1),
+        ("jsonl:a", '{"text": "x"}\n{"label": 1}', "/a:2: no column 'text' (available: label)", 1),
         ("jsonl:a", '{"text": "x", "label": [1]}', "/a:1: 'label' is of type list", 0),
         ("parallel:a|b", "one\ntwo", "/a:2: no line of", 1),
         ("squad:a", squad(answers=[]), "question 1: no answers", 0),
@@ -138,7 +138,7 @@ def test_without_names_a_label_is_a_number(make_data, write, label):
         (
             "tsv:a",
             "text=sentences",
-            ["a:2: no column 'sentences' (columns: sentence, label, id)"],
+            ["a:2: no column 'sentences' (available: sentence, label, id)"],
         ),
         ("tsv:a", "text=0", ["no column '0'"]),
         (
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_a_source_is_said(make_data, write, spec, columns, wo
 
 def test_unnamed_columns_are_shown(make_data, write):
     write("sentence\tgold\nx\t1\n")
-    with pytest.raises(UserError, match=r"\(columns: sentence, gold\).*text=sentence"):
+    with pytest.raises(UserError, match=r"\(available: sentence, gold\).*text=sentence"):
         read(make_data(), "tsv:a")
 
 

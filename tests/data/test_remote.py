@@ -1,4 +1,4 @@
-"""Sources by URL: read as the local files, through failures; what cannot be is one line."""
+"""Sources by URL: read like local files, despite failures; impossible ones give one line."""
 
 import bz2
 import gzip

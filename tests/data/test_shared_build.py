@@ -1,4 +1,4 @@
-"""Building files together: who makes a file, and when the claim of another host is taken over."""
+"""Building files together: who builds a file, and when another host's claim is taken over."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Parts of a source: whatever it is divided into, its documents and its errors stay the same."""
+"""Parts of a source: documents and errors do not depend on the division."""
 
 import gzip
 import json

@@ -88,12 +88,12 @@ def test_a_registered_data_set_is_read_without_tensorflow(make_data):
         ({}, "tfds:nonesuch_of_all", ["tfds:nonesuch_of_all: no such data set"]),
         ({"directory": "/nowhere"}, "tfds:lm1b", ["not prepared", "/nowhere", "TFDS_DATA_DIR"]),
         ({"directory": "/nowhere"}, "tfds:tiny_texts", ["not prepared", "download_and_prepare"]),
-        ({"field": "body"}, "tfds:tiny_texts", ["no field 'body' (there are: stars, text)"]),
+        ({"field": "body"}, "tfds:tiny_texts", ["no field 'body' (available: stars, text)"]),
         ({"field": "stars"}, "tfds:tiny_texts", ["'stars' is not text"]),
         (
             {"split": "dev"},
             "tfds:tiny_texts",
-            ["no split 'dev' (there are: test, train, validation)"],
+            ["no split 'dev' (available: test, train, validation)"],
         ),
     ],
 )

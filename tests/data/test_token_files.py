@@ -1,4 +1,4 @@
-"""Token files of nanoGPT, llm.c and Megatron-LM: their ids are those of our own stores."""
+"""Token files of nanoGPT, llm.c and Megatron-LM: their ids equal those of our own stores."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Web archives: texts of WET and of responses; damage is one line."""
+"""Web archives: texts of WET files and responses; damage gives a one-line error."""
 
 import gzip
 

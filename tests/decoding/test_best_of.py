@@ -1,4 +1,4 @@
-"""Best of n: samples of a prompt in the order of their rewards."""
+"""Best of n: samples of a prompt ordered by reward."""
 
 from __future__ import annotations
 

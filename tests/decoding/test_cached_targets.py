@@ -1,4 +1,4 @@
-"""Decoding targets step by step, with a cache, against the full forward pass."""
+"""Step-by-step decoding of targets with a cache, against the full forward pass."""
 
 import jax
 import jax.numpy as jnp

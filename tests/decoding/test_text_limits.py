@@ -1,4 +1,4 @@
-"""Limits of what is written, by sampling and by beam search alike."""
+"""Length limits of generated texts, in sampling and beam search."""
 
 import io
 import json

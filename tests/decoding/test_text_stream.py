@@ -1,4 +1,4 @@
-"""Parts of a text that grows: together they are the whole text, whatever the tokens."""
+"""Parts of a growing text: together they are the whole text, whatever the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and parameters as decoding takes them: unrolled, cast, in int8."""
+"""Models and parameters prepared for decoding: unrolled, cast, in int8."""
 
 import re
 

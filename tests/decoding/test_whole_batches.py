@@ -1,4 +1,4 @@
-"""Engine of models that cannot be paged: replies are those of sampling and of beam search."""
+"""Engine for models that cannot be paged: replies equal those of sampling and beam search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations beside the validation see the model that is trained."""
+"""Evaluations during training use the trained model."""
 
 from __future__ import annotations
 

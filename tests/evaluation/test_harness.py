@@ -1,4 +1,4 @@
-"""lm-eval on a run gives what lm-eval's own Hugging Face model gives; `lm score` likewise."""
+"""lm-eval on a run equals lm-eval with its own Hugging Face model; `lm score` likewise."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Loss, perplexities and bits a byte over a whole split."""
+"""Loss, perplexities and bits per byte over a whole split."""
 
 import math
 import threading

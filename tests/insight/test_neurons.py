@@ -1,4 +1,4 @@
-"""Neurons that fire most, against the activations of the whole corpus at once."""
+"""Neurons with the highest activations, against those of the whole corpus at once."""
 
 from __future__ import annotations
 

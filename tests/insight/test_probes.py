@@ -1,4 +1,4 @@
-"""Linear probes: the states they read, what they find, and the control task."""
+"""Linear probes: the states they read, their results, and the control task."""
 
 from __future__ import annotations
 

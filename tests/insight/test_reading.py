@@ -1,4 +1,4 @@
-"""What is read of a text: equal to the model's own numbers, and attribution to differences."""
+"""Readings of a text equal the model's own numbers, and attributions add up to differences."""
 
 from __future__ import annotations
 

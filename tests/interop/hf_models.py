@@ -1,4 +1,4 @@
-"""Small random models of `transformers`, one of every kind that is read."""
+"""Small random models of `transformers`, one of every kind that can be read."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Heads of `transformers` classes: their logits, and the way back."""
+"""Heads of `transformers` classes: their logits, and the round trip."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Files of a tokenizer with any value in any place: it works, or is refused in one line."""
+"""Tokenizer files with any value in any place work, or are refused in one line."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Models of `transformers` and what ours make of their folders: numbers, and the way back."""
+"""Models of `transformers` imported from their folders: equal numbers, and the round trip."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""`lm import` and `lm export`: what comes in is a run like any other, what goes out is theirs."""
+"""`lm import` and `lm export`: imported runs are ordinary runs, exports are standard folders."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A llama2.c file gives what the C program computes, here written in numpy for one sequence."""
+"""A llama2.c file gives the results of the C program, written here in numpy for one sequence."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Models of muP are exported as plain models that compute the same."""
+"""muP models are exported as plain models that compute the same function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""gpt-oss with experts in MXFP4, against what `transformers` reads of the same files."""
+"""gpt-oss with experts in MXFP4, against `transformers` on the same files."""
 
 import json
 import shutil

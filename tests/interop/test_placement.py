@@ -1,4 +1,4 @@
-"""Arrays filled from blocks: the same numbers on every mesh, no more memory than they need."""
+"""Arrays filled from blocks: the same numbers on every mesh, without extra memory."""
 
 import itertools
 import subprocess

@@ -1,4 +1,4 @@
-"""What cannot be read or written is said in one line that names it, before anything is computed."""
+"""Files that cannot be read or written give one line that names them, before any computation."""
 
 import json
 import shutil

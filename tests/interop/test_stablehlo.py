@@ -1,4 +1,4 @@
-"""`lm export --format stablehlo`: what is written says the same in a process without `lm`."""
+"""`lm export --format stablehlo`: exported programs give the same results without `lm`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files: parts of them, files cut into parts, and what damage is called."""
+"""Safetensors files: partial reads, files in several parts, and messages about damage."""
 
 import json
 

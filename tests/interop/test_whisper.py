@@ -1,4 +1,4 @@
-"""Whisper of `transformers` and what ours makes of its folders: numbers, and the way back."""
+"""Whisper imported from folders of `transformers`: equal numbers, and the round trip."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Grouped products: JAX's kernels for TPUs, interpreted, against a product for each group."""
+"""Grouped products: JAX's TPU kernels, interpreted, against separate products per group."""
 
 from __future__ import annotations
 

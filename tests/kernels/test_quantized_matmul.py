@@ -1,4 +1,4 @@
-"""Products in 8 bits: exact where the values are, within the format's step elsewhere."""
+"""Products in 8 bits: exact for representable values, otherwise within the format's step."""
 
 from __future__ import annotations
 

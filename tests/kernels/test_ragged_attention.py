@@ -1,4 +1,4 @@
-"""The TPU's kernel on pages equals attention with all scores, in interpret mode."""
+"""The TPU kernel on pages equals attention with all scores, in interpret mode."""
 
 from __future__ import annotations
 

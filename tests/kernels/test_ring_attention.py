@@ -1,4 +1,4 @@
-"""Keys that go round a ring give what they give on one device; the causal work is balanced."""
+"""Ring attention equals attention on one device; the causal work is balanced."""
 
 from __future__ import annotations
 

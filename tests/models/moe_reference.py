@@ -1,4 +1,4 @@
-"""A mixture of experts as its papers write it, in numpy, one token at a time."""
+"""A mixture of experts as in its papers, in numpy, one token at a time."""
 
 import numpy as np
 import scipy.special

@@ -1,4 +1,4 @@
-"""LSTM layers as Zaremba et al. 2014 write them, in numpy, for one sequence at a time."""
+"""LSTM layers as in Zaremba et al. 2014, in numpy, for one sequence at a time."""
 
 import flax.linen as nn
 import jax

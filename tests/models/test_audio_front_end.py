@@ -1,4 +1,4 @@
-"""The convolutions and positions of a speech encoder, against PyTorch's and Whisper's."""
+"""Convolutions and positions of a speech encoder, against PyTorch's and Whisper's."""
 
 import jax
 import jax.numpy as jnp

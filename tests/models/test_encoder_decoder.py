@@ -1,4 +1,4 @@
-"""The encoder-decoder against the Transformer of 2017 and T5 in numpy; what it sees; its start."""
+"""The encoder-decoder against Vaswani et al. 2017 and T5 in numpy; visibility; initialization."""
 
 import functools
 

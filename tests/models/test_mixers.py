@@ -1,4 +1,4 @@
-"""Registered token mixers run in the block as it is, each with a cache of its own."""
+"""Registered token mixers work in the unchanged block, each with its own cache."""
 
 import functools
 from dataclasses import dataclass

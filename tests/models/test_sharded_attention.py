@@ -1,4 +1,4 @@
-"""Kernels that run on a device's own part of the arrays give what one device gives."""
+"""Kernels that run on each device's shards equal those on one device."""
 
 from __future__ import annotations
 

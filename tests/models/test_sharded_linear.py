@@ -1,4 +1,4 @@
-"""Products of linear maps on accelerators: what does not need one."""
+"""Products of linear maps for accelerators: the parts that can be tested without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the layers are run (unrolled, with_remat) changes neither layout nor results."""
+"""Running layers unrolled or with remat changes neither parameter layout nor results."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Roles of parameters: those of known architectures, and of a model with names of its own."""
+"""Roles of parameters in known architectures, and in a model with different names."""
 
 from __future__ import annotations
 

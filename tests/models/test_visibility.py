@@ -1,4 +1,4 @@
-"""Which inputs a logit depends on, read from gradients."""
+"""Inputs that a logit depends on, determined from gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The parts of Transformers as their papers write them, in numpy, for one sequence at a time."""
+"""The parts of Transformers as in their papers, in numpy, for one sequence at a time."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Chat: what is learnt, what sees what, and the noise of embeddings."""
+"""Chat: learned tokens, visibility, and embedding noise."""
 
 from __future__ import annotations
 

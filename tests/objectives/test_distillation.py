@@ -1,4 +1,4 @@
-"""Distillation: the divergence by its formula, and a teacher beside a student of another size."""
+"""Distillation: the divergence by its formula, and a teacher with a student of another size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface: what the registry says without JAX, and objectives from outside the library."""
+"""The interface: registry information without JAX, and objectives from outside the library."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Rows of pairs have between the texts what the tokenizer of an imported folder puts there."""
+"""Pairs in a row are separated as by the tokenizer of an imported folder."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Preferences: losses of TRL, what a row holds, and what the reference is."""
+"""Preferences: TRL's losses, contents of a row, and the reference model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ELECTRA's objective: what the generator puts in, and the sum of both losses."""
+"""ELECTRA's objective: the generator's replacements, and the sum of both losses."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Skip-gram with negative sampling: what it draws, its loss, and that it learns likeness."""
+"""Skip-gram with negative sampling: its samples, its loss, and learned similarity."""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The training step: what it computes, whatever the objective."""
+"""The training step's computation, for any objective."""
 
 import jax
 import numpy as np

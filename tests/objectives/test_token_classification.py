@@ -1,4 +1,4 @@
-"""Labels of words: read from CoNLL files and records, learnt at the words' first tokens."""
+"""Word labels: read from CoNLL files and records, learned at each word's first token."""
 
 import json
 

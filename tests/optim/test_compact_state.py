@@ -1,4 +1,4 @@
-"""Moments in bfloat16 and bytes: exact bounds of their errors, no drift, and the same learning."""
+"""Moments in bfloat16 and bytes: exact error bounds, no drift, and the same learning."""
 
 from __future__ import annotations
 

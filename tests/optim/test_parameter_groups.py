@@ -1,4 +1,4 @@
-"""Which parameters train, and how fast."""
+"""Trained parameters, and their learning rates."""
 
 import jax
 import jax.numpy as jnp

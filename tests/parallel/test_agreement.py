@@ -1,4 +1,4 @@
-"""Agreement of processes: which process differs in what."""
+"""Agreement of processes: the message names the differing process and value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sequence cut over devices: the losses and gradients of one device, whatever else is cut."""
+"""A sequence sharded over devices: losses and gradients of one device, with any other sharding."""
 
 from __future__ import annotations
 

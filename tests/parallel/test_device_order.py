@@ -1,4 +1,4 @@
-"""Which device lies where in a mesh over several TPU slices or GPU hosts."""
+"""Order of devices in a mesh over several TPU slices or GPU hosts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine with libtpu and no TPU takes the CPU by itself, and says nothing of TPUs."""
+"""A machine with libtpu but no TPU uses the CPU automatically, without TPU messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a table over the mesh: values, gradients, and how the gradient is summed."""
+"""Look-ups in a sharded table: values, gradients, and the gradient's sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mamba-2 and a hybrid on meshes, and texts that are packed into a row."""
+"""Mamba-2 and a hybrid on meshes, and several texts packed into a row."""
 
 import jax
 import numpy as np

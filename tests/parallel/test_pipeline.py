@@ -1,4 +1,4 @@
-"""The pipeline: who does what when, and that nothing but speed depends on it."""
+"""The pipeline's schedule, which affects nothing but speed."""
 
 from __future__ import annotations
 

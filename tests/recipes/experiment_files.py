@@ -1,4 +1,4 @@
-"""Experiments by their names."""
+"""Experiments by name."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tokens of a batch, and objectives, by the papers."""
+"""Tokens per batch, and objectives, as in the papers."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Deviations of fresh parameters, of shrunken models, by the papers and their code."""
+"""Initial standard deviations of small models, as in the papers and their code."""
 
 from math import sqrt
 

@@ -1,4 +1,4 @@
-"""Optimizers as the papers state them, and what decays."""
+"""Optimizers and decayed parameters, as in the papers."""
 
 import jax
 import pytest

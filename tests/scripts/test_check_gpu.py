@@ -1,4 +1,4 @@
-"""The check of a machine's GPU, where there is none."""
+"""The GPU check on a machine without one."""
 
 from __future__ import annotations
 

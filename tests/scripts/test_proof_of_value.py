@@ -1,4 +1,4 @@
-"""The comparison of two recordings, and which runs a recording has."""
+"""Comparison of two recordings, and the runs in a recording."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/structure.py on packages of a few lines: what its counts count."""
+"""scripts/structure.py on packages of a few lines: its counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/train.sbatch with stand-ins for srun and scontrol: what is queued again, and what not."""
+"""scripts/train.sbatch with stand-ins for srun and scontrol: when jobs are requeued."""
 
 from __future__ import annotations
 

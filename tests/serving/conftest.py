@@ -1,4 +1,4 @@
-"""A server of the tiny run in a process of its own, and one inside the test's."""
+"""Servers of the tiny run: one in a separate process, one inside the test's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lm serve` in a process of its own, as its users start it."""
+"""`lm serve` in a separate process, started as by users."""
 
 from __future__ import annotations
 

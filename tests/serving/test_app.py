@@ -1,4 +1,4 @@
-"""Any body gets a JSON answer; limits, metrics and pages of the server inside the process."""
+"""Any request body gets a JSON answer; limits, metrics and pages of an in-process server."""
 
 from __future__ import annotations
 

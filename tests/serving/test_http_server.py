@@ -1,4 +1,4 @@
-"""Signals, reloads, keys, queues and clients that go: the process of a server from outside."""
+"""Signals, reloads, keys, queues and disconnecting clients of a server process."""
 
 from __future__ import annotations
 

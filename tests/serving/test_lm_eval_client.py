@@ -1,4 +1,4 @@
-"""lm-eval's client of completion servers: log-likelihoods and texts as those of the run itself."""
+"""lm-eval's client for completion servers: log-likelihoods and texts equal the run's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenAI's own client against a server in another process, streamed and not."""
+"""OpenAI's client with a server in another process, with and without streaming."""
 
 from __future__ import annotations
 

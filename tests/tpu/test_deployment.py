@@ -1,4 +1,4 @@
-"""The manifests of tpu/deployment.py: what they ask for, and that Kubernetes accepts them."""
+"""The manifests of tpu/deployment.py: their contents, and that Kubernetes accepts them."""
 
 from __future__ import annotations
 

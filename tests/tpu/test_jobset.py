@@ -1,4 +1,4 @@
-"""The manifests of tpu/jobset.py: what they ask for, and that Kubernetes' schemas accept it."""
+"""The manifests of tpu/jobset.py: their contents, and that Kubernetes' schemas accept them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts of tpu/ against a stand-in for gcloud that really runs what workers are told."""
+"""The scripts of tpu/ with a stand-in for gcloud that really runs the workers' commands."""
 
 from __future__ import annotations
 

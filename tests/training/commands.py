@@ -1,4 +1,4 @@
-"""`lm` in a process of its own, and what a run wrote."""
+"""`lm` in a separate process, and the output of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The best checkpoint: chosen by a figure of the validation, kept over restarts, found by `lm`."""
+"""The best checkpoint: chosen by a validation figure, kept over restarts, found by `lm`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes of a run in its course, and forks: what differs is named, recorded and nothing else."""
+"""Changes of a running experiment, and forks: differences are named and recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: damage is noticed and survived, a full disk is one line, old ones are kept."""
+"""Checkpoints: damage is noticed and survived, a full disk gives one line, old ones are kept."""
 
 from __future__ import annotations
 

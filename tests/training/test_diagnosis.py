@@ -1,4 +1,4 @@
-"""Training that learns nothing, or cannot go on, ends with a line that names the cause."""
+"""Training that learns nothing, or cannot continue, ends with a line that names the cause."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Fine-tuning from one run to the next: freezing, low-rank adaptation, merging, going on."""
+"""Fine-tuning from one run to the next: freezing, low-rank adaptation, merging, resuming."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full disk is one line, and the run goes on when there is space; trackers never stop it."""
+"""A full disk gives one line, and the run can be continued later; trackers never stop it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting from another run: what goes where, and what is refused."""
+"""Starting from another run: which parameters are used, and refusals."""
 
 from __future__ import annotations
 

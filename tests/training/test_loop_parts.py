@@ -1,4 +1,4 @@
-"""The parts of the loop: steps a call, the clock, what is written, when to halt or save."""
+"""The parts of the loop: steps per call, clock, output, when to halt or save."""
 
 from __future__ import annotations
 

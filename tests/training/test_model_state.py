@@ -1,4 +1,4 @@
-"""Model state: the same on any mesh, saved, evaluated with, and left alone by evaluation."""
+"""Model state: equal on any mesh, saved, used and not changed in evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that hangs ends in a line within the stated time; one that moves does not."""
+"""A hanging run ends with a line within the stated time; a working one does not."""
 
 from __future__ import annotations
 

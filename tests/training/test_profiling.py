@@ -1,4 +1,4 @@
-"""A profile has the steps that it was asked for, and costs the run nothing."""
+"""A profile has the requested steps, and does not affect the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch sizes and lengths that grow: every row once, in the order of equal batches."""
+"""Growing batch sizes and lengths: every row once, in the order of equal batches."""
 
 from __future__ import annotations
 

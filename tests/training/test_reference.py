@@ -1,4 +1,4 @@
-"""The reference of preferences: held beside, the base of LoRA, or computed once before training."""
+"""The reference of preferences: stored with the model, LoRA's base, or precomputed."""
 
 from __future__ import annotations
 

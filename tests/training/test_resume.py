@@ -1,4 +1,4 @@
-"""A run that is cut and started again equals the run that nothing happened to."""
+"""An interrupted and resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is trained, a run that is cut and started again equals one that never stopped."""
+"""For every kind of training, an interrupted and resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters of other runs: what is read, what is averaged, and that nothing there is changed."""
+"""Parameters of other runs: reading, averaging, and that the runs are not changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals ask a run to stop: it saves, or ends at once where there is nothing to save."""
+"""Signals ask a run to stop: it saves, or ends at once if there is nothing to save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token stores in an emulated bucket: batches as from a local disk, checked as they arrive."""
+"""Token stores in an emulated bucket: batches as from a local disk, checked on arrival."""
 
 import os
 import socket

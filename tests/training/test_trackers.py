@@ -1,4 +1,4 @@
-"""Trackers of other projects: offline, resumed under the same run, and never in the way."""
+"""External trackers: offline, resumed under the same run, and never blocking."""
 
 from __future__ import annotations
 

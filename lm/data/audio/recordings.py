@@ -74,7 +74,7 @@ class Recordings(Records):
         found = super()._same_named(row)
         if missing := [name for name in self.known if name not in found]:
             raise UserError(
-                f"{row.where}: no column {missing[0]!r} (columns: {', '.join(row.values)}): set "
+                f"{row.where}: no column {missing[0]!r} (available: {', '.join(row.values)}): set "
                 f"--config.data.columns={missing[0]}=NAME"
             )
         return found

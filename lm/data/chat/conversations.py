@@ -67,7 +67,7 @@ class Conversations(Records):
         if not any(all(name in values for name in form) for form in forms):
             wanted = ", no ".join(" and ".join(columns[n] for n in form) for form in forms)
             there = ", ".join(row.values) or "none"
-            problem = f"no {wanted} (there are: {there})"
+            problem = f"no {wanted} (available: {there})"
             if not self.source.same_columns:
                 raise BadRow(problem)
             raise UserError(f"{row.where}: {problem}: set --config.data.columns")

@@ -111,7 +111,7 @@ def require_values(
     for name in names:
         if name not in values:
             there = ", ".join(row.values) or "none"
-            problem = f"no column {columns.get(name, name)!r} (there are: {there})"
+            problem = f"no column {columns.get(name, name)!r} (available: {there})"
             raise BadRow(f"{problem}: name it in --config.data.columns")
 
 

@@ -270,7 +270,7 @@ class ArrowFiles(ColumnFiles):
             name = data.validation_split if split == "validation" else data.split
             if name not in (splits := _splits(folder)):
                 known = ", ".join(splits) or "none"
-                raise UserError(f"arrow:{argument}: no split {name!r} (there are: {known})")
+                raise UserError(f"arrow:{argument}: no split {name!r} (available: {known})")
             folder = folder / name
         return _saved_files(folder)
 

@@ -43,7 +43,7 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
             splits = _splits(self._builder)
         if self.split not in splits:
             known = ", ".join(splits) or "none"
-            raise UserError(f"{self.name}: no split {self.split!r} (there are: {known})")
+            raise UserError(f"{self.name}: no split {self.split!r} (available: {known})")
 
     @classmethod
     def has_validation_split(cls, argument: str, data: Any) -> bool:

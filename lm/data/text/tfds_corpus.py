@@ -33,7 +33,7 @@ class TfdsCorpus(DocumentSource):
         features = self.builder.info.features
         if features is not None and self.text_field not in features:
             raise UserError(
-                f"{self.name}: no field {self.text_field!r} (there are: "
+                f"{self.name}: no field {self.text_field!r} (available: "
                 f"{', '.join(sorted(features))}): set --config.data.field"
             )
         if features is not None and features[self.text_field].np_dtype not in (str, object):
@@ -43,7 +43,7 @@ class TfdsCorpus(DocumentSource):
         splits = sorted(self.builder.info.splits)
         if splits and self.split not in splits:
             raise UserError(
-                f"{self.name}: no split {self.split!r} (there are: {', '.join(splits)})"
+                f"{self.name}: no split {self.split!r} (available: {', '.join(splits)})"
             )
         self.source = _open_split(self.builder, argument, self.split)
 

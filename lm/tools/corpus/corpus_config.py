@@ -177,7 +177,7 @@ def _options(rule: str, values: Any, is_used: bool) -> dict[str, Any]:
     if unknown := sorted(name for name in values if name not in options):
         known = ", ".join(options) or "none"
         hint = nearest(unknown[0], options)
-        raise UserError(f"rule {rule} has no option {unknown[0]!r}{hint} (there are: {known})")
+        raise UserError(f"rule {rule} has no option {unknown[0]!r}{hint} (available: {known})")
     found: dict[str, Any] = {}
     for name, parameter in options.items():
         if name == BY_LANGUAGE:

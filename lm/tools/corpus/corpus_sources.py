@@ -165,7 +165,7 @@ def _from_rows(
         values.pop(data.field, None)
         if problem or not isinstance(text, str):
             there = ", ".join(row.values)
-            problem = problem or f"no text in field {data.field!r} (there are: {there})"
+            problem = problem or f"no text in field {data.field!r} (available: {there})"
             if data.bad_rows != "skip":
                 raise UserError(f"{row.where}: {problem}: correct it, or set bad_rows to skip")
             report("bad")

@@ -119,7 +119,7 @@ def test_rows_that_cannot_be_used_are_named(spoken, make_store, capsys):
         "'audio' is of type dict, not a string": {"audio": {}, "target": "x"},
         "'audio' is of type NoneType, not a string": {"audio": None, "target": "x"},
         r"'/a\x00b' is not a file name": {"audio": "/a\0b", "target": "x"},
-        "no column 'target' (columns: audio)": {"audio": "0.wav"},
+        "no column 'target' (available: audio)": {"audio": "0.wav"},
     }
     for expected, row in bad.items():
         rows[:] = [{"audio": "0.wav", "target": "x"}, row]
@@ -129,7 +129,7 @@ def test_rows_that_cannot_be_used_are_named(spoken, make_store, capsys):
         "audio:spoken/b.jsonl has no usable record; the first: /b.jsonl:"
     )
     rows[:] = [{"audio": "0.wav"}]
-    assert "no column 'target' (columns: audio): set --config.data.columns=target=N" in problem()
+    assert "no column 'target' (available: audio): set --config.data.columns=target=N" in problem()
     rows[:] = [{"audio": "0.wav", "target": "x"}, *bad.values()]
     manifest.write_text("\n".join(map(json.dumps, rows)))
     assert len(make_store("audio:spoken/b.jsonl", bad_rows="skip", sequence_length=19)) == 1

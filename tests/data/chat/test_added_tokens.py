@@ -1,4 +1,4 @@
-"""Tokens added to a vocabulary: a run starts from one without them, and is exported with them."""
+"""Tokens added to a vocabulary: a run starts from one without them, and exports them."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Chat templates give the ids and spans of transformers, and no text of a message is a token."""
+"""Chat templates give the ids and spans of transformers; message text never becomes a token."""
 
 import re
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The pool of pages under any order of events: what is held, counted and found."""
+"""Page pool under any order of events: held, counted and found pages."""
 
 from hypothesis import settings
 from hypothesis import strategies as st

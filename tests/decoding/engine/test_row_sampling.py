@@ -1,4 +1,4 @@
-"""Choice of tokens with options of each row, against the same rules in numpy."""
+"""Sampling with per-row options, against the same rules in numpy."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Programs that are lowered without arrays are those that the engine dispatches."""
+"""Programs lowered without arrays are the ones that the engine dispatches."""
 
 import re
 

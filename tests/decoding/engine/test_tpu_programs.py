@@ -1,4 +1,4 @@
-"""Programs of the engine, compiled for TPUs that are not there, read and write pages in place."""
+"""Engine programs, compiled for absent TPUs, read and write pages in place."""
 
 from __future__ import annotations
 

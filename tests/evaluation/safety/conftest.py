@@ -1,4 +1,4 @@
-"""A run with two checkpoints for all tests of safety sets, and small files of their data."""
+"""Run with two checkpoints for all tests of safety sets, and small data files."""
 
 import jax
 import pytest

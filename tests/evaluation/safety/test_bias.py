@@ -1,4 +1,4 @@
-"""`lm eval --safety`: bias by pairs of sentences, figures of several checkpoints and their page."""
+"""`lm eval --safety`: bias by sentence pairs, figures of several checkpoints and their page."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Quality of samples: the papers' formulas worked by hand, and the set on a run."""
+"""Quality of samples: the papers' formulas computed by hand, and the set on a run."""
 
 import json
 import math

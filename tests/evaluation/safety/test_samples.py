@@ -1,4 +1,4 @@
-"""What samples are searched for, and accuracy under typos and templates."""
+"""Searches in samples, and accuracy under typos and templates."""
 
 import json
 import re

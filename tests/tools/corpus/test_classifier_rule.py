@@ -1,4 +1,4 @@
-"""A classifier that was trained here as a rule of `lm corpus`."""
+"""A classifier trained by this library as a rule of `lm corpus`."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""`lm corpus`: documents in, shards and a card out; resumable, and the same for all workers."""
+"""`lm corpus`: documents in, shards and a card out; resumable, independent of the workers."""
 
 import gzip
 import hashlib
@@ -308,7 +308,7 @@ def test_wrong_inputs_are_one_line(corpus, tmp_path, capsys):
     assert "config.sources.web holds no text" in capsys.readouterr().err
     source.write_text('{"text": "one"}\n{"words": "two"}\n')
     assert corpus("bad")[0] == 2
-    assert "1.jsonl:2: no text in field 'text' (there are: words)" in capsys.readouterr().err
+    assert "1.jsonl:2: no text in field 'text' (available: words)" in capsys.readouterr().err
     skip = {"web": {"source": f"jsonl:{source}", "bad_rows": "skip"}}
     code, place = corpus("skip", sources=skip)
     assert code == 0

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of launching."""
+"""Fixtures for the launching tests."""
 
 from __future__ import annotations
 

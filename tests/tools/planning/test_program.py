@@ -1,4 +1,4 @@
-"""The planned program is that of training, and its memory is what training takes."""
+"""The planned program and memory equal those of training."""
 
 from __future__ import annotations
 

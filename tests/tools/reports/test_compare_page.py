@@ -1,4 +1,4 @@
-"""`lm compare`: what the blind page holds, and the win rate of its answers."""
+"""`lm compare`: contents of the blind page, and the win rate of its answers."""
 
 import base64
 import hashlib

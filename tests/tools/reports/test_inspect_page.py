@@ -1,4 +1,4 @@
-"""The page of `lm inspect`, and the data beside it."""
+"""The page of `lm inspect`, and its data files."""
 
 from __future__ import annotations
 
