@@ -10,8 +10,8 @@ From Python:
     logits_BLV = run.logits(run.encode("def main():")[None])
     (text,) = lm.generate(run, "def main():", max_new_tokens=40)
 
-Every name is imported on first use; the functions print nothing and never exit the process. The
-modules and what they hold are listed in lm/README.md.
+Every name is imported on first use; the functions print nothing and never exit the process.
+lm/README.md lists the modules and their contents.
 """
 
 from __future__ import annotations

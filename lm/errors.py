@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user and lost peers, and parts of their messages."""
+"""Exceptions for user errors and lost peers, and parts of their messages."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _DISTRIBUTION = "lm-jax"  # the name `lm` on PyPI is another project's
 class UserError(Exception):
     """Mistake that the user can correct; the message says what, where and what to do.
 
-    The command line prints it and exits with code 2. It is one line, whatever it quotes: line ends
-    become spaces, and other control characters are shown as Python writes them.
+    The command line prints it and exits with code 2. It is always one line: line ends in quoted
+    text become spaces, and other control characters are shown as Python writes them.
     """
 
     def __str__(self) -> str:
@@ -31,7 +31,7 @@ class LostPeerError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known name nearest to an unknown one, or ""."""
+    """Suggest the known name closest to an unknown one, as the end of a message, or return ""."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,10 +1,10 @@
-"""Hardware tables: published rates of TPU and GPU chips, and what compilers need of and for them.
+"""Hardware tables: published rates of TPU and GPU chips, compiler targets and flags.
 
-Every figure is of one JAX device; a TPU7x chip is two devices. Bandwidths are one-way. Sources:
-Google's page of each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
+All figures are per JAX device; a TPU7x chip is two devices. Bandwidths are one-way. Sources:
+Google's page for each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
 memory sizes and targets of GPUs from XLA's own descriptions of the SXM models
 (`xla/backends/gpu/target_config/specs`). XLA's flags: the JAX documentation's GPU performance tips
-and MaxText's library. Imports no JAX: the flags have to be set before it.
+and MaxText's library. Imports no JAX: the flags must be set before it is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of a chip; None where nothing is published.
+    """Published figures of a chip; None for unpublished ones.
 
     Attributes:
         memory: High-bandwidth memory, bytes.
@@ -300,31 +300,31 @@ XLA_FLAGS = (
 
 
 def compiler_options(device: jax.Device) -> dict[str, bool | int] | None:
-    """Return the `compiler_options` of `jax.jit` for a training step on a device; None for none."""
+    """Return `compiler_options` of `jax.jit` for a training step on a device, or None."""
     chip = chip_name(device.device_kind)
     return {flag.name: flag.value for flag in XLA_FLAGS if chip in flag.compiled_in} or None
 
 
 def flags_variable(chip: str) -> str:
-    """Return the environment variable that the compiler of a chip reads flags from."""
+    """Return the environment variable from which a chip's compiler reads flags."""
     return "LIBTPU_INIT_ARGS" if chip in TPUS else "XLA_FLAGS"
 
 
 def chip_flags(chip: str) -> list[str]:
-    """Return the flags of a chip as command-line words."""
+    """Return the flags for a chip as command-line words."""
     return [f"--{f.name}={str(f.value).lower()}" for f in XLA_FLAGS if chip in f.chips]
 
 
 def set_xla_flags(chip: str) -> None:
-    """Set the flags of a chip for this process, before JAX starts; flags set already win."""
+    """Set the flags for a chip in this process, before JAX starts; existing flags win."""
     name = flags_variable(chip)
     os.environ[name] = " ".join([*chip_flags(chip), os.environ.get(name, "")]).strip()
 
 
 def dump_programs(folder: str) -> None:
-    """Let XLA write every program that this process compiles to a folder; call before JAX starts.
+    """Make XLA write every program that this process compiles to a folder; call before JAX starts.
 
-    Programs come from the compiler and not from its cache.
+    The compilation cache is disabled, so that all programs are compiled.
     """
     os.makedirs(folder, exist_ok=True)
     flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"

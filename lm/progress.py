@@ -1,4 +1,4 @@
-"""Progress bars on stderr; where that is no terminal, a line a minute."""
+"""Progress bars on stderr, or a line per minute if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def progress_bar(
     """Return a progress bar: `update(n)`, `close()`, a context manager.
 
     Args:
-        description: what goes on.
-        total: number of units; None if it is not known.
-        shown: otherwise nothing is printed.
+        description: what is in progress.
+        total: number of units, or None.
+        shown: whether to print anything.
         **options: further arguments of tqdm, such as initial, unit and leave.
     """
     options |= {"desc": description, "total": total, "disable": not shown}
@@ -43,8 +43,8 @@ def track(items: Iterable, total: int | None, *, description: str, **options: An
 
     Args:
         items: items.
-        total: their number; None if it is not known.
-        description: what goes on.
+        total: number of items, or None.
+        description: what is in progress.
         **options: further arguments of `progress_bar`.
     """
     with progress_bar(description, total, **options) as bar:
@@ -54,7 +54,7 @@ def track(items: Iterable, total: int | None, *, description: str, **options: An
 
 
 class _Lines:
-    """Stream that takes what tqdm writes over the line before as a line of its own."""
+    """Stream that prints tqdm's updates on separate lines."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

@@ -1,7 +1,7 @@
-"""Training with numbers in fewer bits: of products, or of the weights that decoding reads.
+"""Training with fewer bits: in matrix products, or by rounding weights as for decoding.
 
-Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the loss is that of weights as
-`decode.weights` rounds them, and their gradients are those of the weights before (straight through;
+Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the loss uses weights rounded as
+by `decode.weights`, and the unrounded weights get its gradients (straight-through estimator;
 Bengio et al. 2013, arXiv 1308.3432).
 """
 
@@ -21,7 +21,7 @@ from lm.train_step import Steps
 
 @dataclass(frozen=True)
 class RoundedSteps(Steps):
-    """Steps whose loss is that of rounded weights.
+    """Steps that compute the loss with rounded weights.
 
     Attributes:
         weights: a value of `decode.weights`.
@@ -41,7 +41,7 @@ class RoundedSteps(Steps):
 
 
 def quantized_train_steps(steps: Steps, config: ConfigDict) -> Callable:
-    """Return `Steps.train_steps` by `--config.train.precision`, which is not none."""
+    """Return `Steps.train_steps` for a `--config.train.precision` other than none."""
     if config.train.precision == "qat":
         own = {field.name: getattr(steps, field.name) for field in fields(steps)}
         return RoundedSteps(**own, weights=config.decode.weights).train_steps

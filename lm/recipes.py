@@ -1,4 +1,4 @@
-"""Settings that the experiments of Llama and of T5 share with those of their successors."""
+"""Settings shared by the experiments of Llama, of T5 and of their successors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 def llama_block(config: ConfigDict) -> None:
     """Set the block of Llama (Touvron et al. 2023a, §2.2).
 
-    RMSNorm before each sublayer, rotary positions, SwiGLU, no biases, an untied output matrix. The
-    papers give no initialization: N(0, 0.02²).
+    RMSNorm before each sublayer, rotary positions, SwiGLU, no biases, untied output matrix. The
+    papers do not state an initialization: N(0, 0.02²).
     """
     model = config.model
     model.norm, model.positions, model.activation = "rmsnorm", "rotary", "swiglu"
@@ -24,8 +24,8 @@ def llama_training(config: ConfigDict, tokens: float, batch_tokens: int = 2**22)
 
     Args:
         config: configuration to change.
-        tokens: tokens of the whole training.
-        batch_tokens: tokens of a step.
+        tokens: total number of training tokens.
+        batch_tokens: tokens per step.
     """
     config.optimizer.adamw.b2 = 0.95
     config.optimizer.weight_decay, config.optimizer.clip_norm = 0.1, 1.0
@@ -43,8 +43,8 @@ def llama_training(config: ConfigDict, tokens: float, batch_tokens: int = 2**22)
 def t5_block(config: ConfigDict) -> None:
     """Set the block of T5 1.1 (Raffel et al. 2020, §2.1; Shazeer 2020).
 
-    RMSNorm before each sublayer, no biases, heads of 64 numbers whose scores are not divided by
-    their root, 32 relative positions that all layers of a stack share, a gated tanh-GELU, an output
+    RMSNorm before each sublayer, no biases, heads of width 64 with unscaled scores, 32 relative
+    positions shared by all layers of a stack, a gated tanh-GELU, an untied output
     matrix.
     """
     model = config.model
@@ -70,7 +70,7 @@ def t5_training(config: ConfigDict) -> None:
 
 
 def trial(config: ConfigDict) -> None:
-    """Set a training of minutes on the standard library's source code."""
+    """Set a training of a few minutes on the standard library's source code."""
     config.optimizer.adamw.b2 = 0.95
     config.data.sequence_length, config.data.batch_size = 256, 16
     config.schedule.warmup_steps = 50
