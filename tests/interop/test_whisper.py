@@ -237,11 +237,12 @@ def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path
         ).numpy()
     for row, tokens in zip(expected[:, 4:], found, strict=True):
         assert tokens == [i for i in row.tolist() if i != 256]
-        assert len(set(tokens)) > 1
+    assert found[0] != found[1]
 
     export_run(run, tmp_path / "back", 1, False, "float32", lines.append)
     processor = transformers.WhisperProcessor.from_pretrained(tmp_path / "back")
     assert processor.feature_extractor.nb_max_frames == 100
+    tokenizer = transformers.WhisperTokenizer.from_pretrained(there)
     assert processor.tokenizer("hi").input_ids == tokenizer("hi").input_ids
     again = type(model).from_pretrained(tmp_path / "back").eval()
     targets = expected[:, :8]

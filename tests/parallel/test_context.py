@@ -36,6 +36,12 @@ CASES = [
     ("masked encoder", {"context": 4, "fsdp": 2}, {}, "ring"),
     ("span_corruption encoder_decoder", {"context": 4, "tensor": 2}, {}, "gather"),
     ("seq2seq encoder_decoder", {"context": 4, "fsdp": 2}, {}, "ring"),
+    (
+        "transcription encoder_decoder",
+        {"context": 2, "fsdp": 2, "tensor": 2},
+        {"train__remat": "full"},
+        "ring",
+    ),
 ]
 
 
