@@ -23,8 +23,8 @@ groups.
 The first stage of training, with rows of 4,096 tokens, where released models' YaRN is not needed.
 AdamW (0.9, 0.95), decay 0.1, clipping at 1, 2,000 steps of warm-up, N(0, 0.006²) are DeepSeek's;
 then a cosine to 10 % is Llama's, where V2 has steps, and V3 and K2 hold the rate for 10T tokens.
-The largest batch of the reports is that of all steps. K2 was trained by Muon with clipped queries
-and keys. Balance is the reports' loss of experts, without V2's of devices and communication.
+The largest batch of the reports is that of all steps. K2 has MuonClip instead of AdamW: Muon at
+Moonlight's scale, and queries and keys of heads with logits above 100 scaled down. Balance is the reports' loss of experts, without V2's of devices and communication.
 
     lm train --config experiments/deepseek.py:v2-lite --workdir runs/deepseek \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\
@@ -100,4 +100,8 @@ def get_config(variant="v2-lite"):
     model.max_length = config.data.sequence_length = 4096
     llama_training(config, tokens, batch_tokens)
     config.data.tokenizer = "tokenizers:deepseek.json"
+    if variant == "k2":  # MuonClip (§2.1)
+        optimizer = config.optimizer
+        optimizer.name, optimizer.qk_clip = "muon", 100.0
+        optimizer.muon.rms, optimizer.muon.adam_ratio = 0.2, 1.0
     return config

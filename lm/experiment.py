@@ -400,6 +400,10 @@ def build_untraced(
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
     )
+    if config.optimizer.qk_clip:
+        from lm.qk_clip import clipped_steps
+
+        steps = clipped_steps(steps, config.optimizer.qk_clip)
     mesh = make_mesh(sizes, devices)
     return Experiment(config, mesh, pipeline, steps.model, steps, attention, tokenizer)
 

@@ -80,7 +80,7 @@ FLOORS = (
     ("evaluation", "insight"),
     ("decoding", "interop"),
     ("runs",),
-    ("experiment", "quantized_training", "train_step", "accounting"),
+    ("experiment", "quantized_training", "qk_clip", "train_step", "accounting"),
     ("objectives", "optim"),
     ("models", "data"),
     ("kernels", "parallel"),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from lm.config.ramps import ramp_problems
-from lm.config.registries import LISTS
+from lm.config.registries import LISTS, TRANSFORMERS
 from lm.config.registry import config_value, listed
 
 
@@ -40,8 +40,28 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
             yield "--config.train.precision=qat rounds by --config.decode.weights: set int4 or int8"
         if config.lora.rank:
             yield "--config.train.precision=qat rounds whole kernels: leave --config.lora.rank at 0"
+    if config.optimizer.qk_clip:
+        yield from _qk_clip_problems(config)
     if config.optimizer.name == "schedule_free":
         yield from _schedule_free_problems(config)
+
+
+def _qk_clip_problems(config: ConfigDict) -> Iterator[str]:
+    model, named = config.model, f"--config.optimizer.qk_clip={config.optimizer.qk_clip:g}"
+    if model.family not in TRANSFORMERS:
+        yield f"{named} is not for --config.model.family={model.family}"
+    if model.mixer not in ("attention", "mla") and not model.attention_layers:
+        yield f"{named} is not for --config.model.mixer={model.mixer}"
+    excluded = (
+        *("model.qk_norm", "model.rope_norm"),  # undo any scaling of the weights
+        *("lora.rank", "optimizer.ema"),  # the weights behind the logits are not the parameters
+    )
+    for path in excluded:
+        if value := config_value(config, path):
+            yield f"{named} does not go with --config.{path}={value}"
+    for path, value in (("optimizer.name", "schedule_free"), ("train.precision", "qat")):
+        if config_value(config, path) == value:
+            yield f"{named} does not go with --config.{path}={value}"
 
 
 def _schedule_free_problems(config: ConfigDict) -> Iterator[str]:

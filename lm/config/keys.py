@@ -794,6 +794,13 @@ COMMON_KEYS: dict[str, Key] = {
         choices=("none", "updates", "decay", "both"),
         needs=("optimizer.name", *LIBRARY_OPTIMIZERS),
     ),
+    "optimizer.qk_clip": Key(
+        0.0,
+        "Largest attention logit (Kimi K2's MuonClip: 100): query and key weights of heads whose "
+        "logits were larger in a step are scaled down after its update; 0: off.",
+        low=0.0,
+        high=1e6,
+    ),
     "optimizer.ema": Key(
         0.0,
         "Decay of a bias-corrected moving average of the parameters, which is evaluated, saved and"

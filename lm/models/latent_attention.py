@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.dot_product_attention import Dropout
+from lm.kernels.dot_product_attention import AttentionMask, Dropout
 from lm.models.attention import MixerInputs, TokenMixer, attend
 from lm.models.cache import Layer
 from lm.models.cached_attention import attend_and_cache, heads_first
@@ -126,7 +126,7 @@ class LatentAttention(TokenMixer):
         return pairs.swapaxes(-1, -2).reshape(x_BLHK.shape)
 
     @property
-    def _scale(self) -> float:
+    def score_scale(self) -> float:
         """Factor of the scores."""
         c, o = self.config, self.config.mixer_options
         scale = c.attention_scale or (o.qk_nope_head_dim + c.head_dim) ** -0.5
@@ -136,11 +136,18 @@ class LatentAttention(TokenMixer):
         """Return the output [B, L, H, V] of attention to expanded keys and values."""
         c, o = self.config, self.config.mixer_options
         (q_BLHN, q_BLHK), (c_BSR, k_BS1K) = queries, latents
-        names = ("batch", "length", "heads", "head_dim")
         k_BSHN, v_BSHV = jnp.split(self.up(c_BSR), [o.qk_nope_head_dim], axis=-1)
         k_BSHK = jnp.broadcast_to(k_BS1K, (*k_BSHN.shape[:-1], c.head_dim))
         q, k = (jnp.concatenate(x, axis=-1) for x in ((q_BLHN, q_BLHK), (k_BSHN, k_BSHK)))
-        key_width, value_width = q.shape[-1], o.v_head_dim
+        return self._attend(q, (k, v_BSHV), inputs.mask, inputs.bias_HLS)
+
+    def _attend(
+        self, q: jax.Array, keys_values: Pair, mask: AttentionMask, bias_HLS: jax.Array | None
+    ) -> jax.Array:
+        """Return the sums of values [B, L, H, V] for queries and keys [B, L or S, H, N + K]."""
+        c, (k, v_BSHV) = self.config, keys_values
+        names = ("batch", "length", "heads", "head_dim")
+        key_width, value_width = q.shape[-1], v_BSHV.shape[-1]
         if c.attention not in UNEQUAL or count_shards("length") > 1:
             M = max(key_width, value_width)
             q, k, v_BSHV = (
@@ -148,7 +155,7 @@ class LatentAttention(TokenMixer):
             )
         # Kernels with the fixed scale 1/sqrt(width) are given scaled queries.
         scale = q.shape[-1] ** -0.5
-        q *= jnp.asarray(self._scale / scale, q.dtype)
+        q *= jnp.asarray(self.score_scale / scale, q.dtype)
         dropout = None
         if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
@@ -157,12 +164,12 @@ class LatentAttention(TokenMixer):
             q,
             k,
             v_BSHV,
-            inputs.mask,
+            mask,
             kernel=c.attention,
             context_attention=c.context_attention,
             scale=scale,
             softcap=c.attention_softcap,
-            bias_HLS=inputs.bias_HLS,
+            bias_HLS=bias_HLS,
             dropout=dropout,
         )
         return o_BLHM[..., :value_width]
@@ -190,7 +197,7 @@ class LatentAttention(TokenMixer):
         q_BLHR = product("BLHN,RHN->BLHR", q_BLHN, key_RHN)
         q_BLHC = jnp.concatenate([q_BLHR, q_BLHK], axis=-1)
         c_BL1C = jnp.concatenate([c_BLR[:, :, None], k_BL1K], axis=-1)
-        own = replace(c, attention_scale=self._scale)
+        own = replace(c, attention_scale=self.score_scale)
         # Values are the keys: cutting the rotated part off them would copy the cache.
         o_BLHC, cache = attend_and_cache(own, q_BLHC, (c_BL1C,), inputs, cache, layer)
         return product("BLHR,RHV->BLHV", o_BLHC[..., : o.kv_lora_rank], value_RHV), cache

@@ -41,6 +41,8 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
         )
     if config.objective.name == "multi_token":
         yield f"--config.parallel.mesh.stage={stages} does not support the modules of multi_token"
+    if config.optimizer.qk_clip:
+        yield f"--config.parallel.mesh.stage={stages} does not support --config.optimizer.qk_clip"
     for name, plain in (
         ("residual", "sum"),
         ("dense_layers", 0),

@@ -48,7 +48,12 @@ OPTIMIZERS = {
     "SOAP whose basis is refreshed after the cut": {"name": "soap", "soap.every": 3},
     "schedule-free": {"name": "schedule_free"},
     "an average in few bits": {"name": "ademamix", "ema": 0.9, "moments": "int8"},
-    "cautious NorMuon": {"name": "muon", "cautious": "both", "muon.neuron_b2": 0.9},
+    "cautious NorMuon with QK-clip": {
+        "name": "muon",
+        "cautious": "both",
+        "muon.neuron_b2": 0.9,
+        "qk_clip": 0.01,
+    },
 }
 
 
