@@ -50,9 +50,28 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.residual": Key(
         "sum",
-        "How a block's output h joins the residual stream H: H + h, or concat(H, h W), which "
-        "widens the stream by concat_width at each block.",
-        choices=("sum", "concat"),
+        "How a block's output h joins the residual stream H: H + h (sum), or concat(H, h W), which "
+        "widens the stream by concat_width at each block; hyper: hyper-connections of sublayers to "
+        "hyper_streams streams (Zhu et al. 2024).",
+        choices=("sum", "concat", "hyper"),
+    ),
+    "model.hyper_streams": Key(
+        4,
+        "Streams of model.residual=hyper, the expansion rate n.",
+        low=1,
+        needs=("model.residual", "hyper"),
+    ),
+    "model.hyper_dynamic": Key(
+        True,
+        "The weights of hyper-connections depend on the tokens (DHC), instead of being static "
+        "(SHC).",
+        needs=("model.residual", "hyper"),
+    ),
+    "model.value_residual": Key(
+        "none",
+        "Later layers mix the first layer's attention values into theirs (ResFormer; Zhou et al. "
+        "2024): fixed: half of each; learned: two weights a layer, initialized to 0.5.",
+        choices=("none", "fixed", "learned"),
     ),
     "model.concat_width": Key(
         32,

@@ -55,10 +55,17 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
             "--config.model.n_decoder_layers must be --config.model.n_layers for "
             "lstm_encoder_decoder: each layer starts from the state of its encoder layer"
         )
-    if model.residual == "concat" and not transformer:
-        yield f"--config.model.residual=concat is not for --config.model.family={model.family}"
-    if model.residual == "concat" and model.norm_placement == "post":
-        yield "--config.model.residual=concat is not for --config.model.norm_placement=post"
+    for name, plain in (("residual", "sum"), ("value_residual", "none")):
+        named = f"--config.model.{name}={model[name]}"
+        if model[name] != plain and not transformer:
+            yield f"{named} is not for --config.model.family={model.family}"
+        if model[name] != plain and model.norm_placement == "post":
+            yield f"{named} is not for --config.model.norm_placement=post"
+    if model.value_residual != "none" and model.mixer != "attention":
+        yield (
+            f"--config.model.value_residual={model.value_residual} is not for "
+            f"--config.model.mixer={model.mixer}"
+        )
     for name in ("attention_sinks", *MULTIPLIERS):
         if model[name] != SCHEMA[f"model.{name}"].default and not transformer:
             yield f"--config.model.{name} is not for --config.model.family={model.family}"
@@ -109,9 +116,9 @@ def _generator_rules(config: ConfigDict) -> Iterator[str]:
 def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
     if not model.feed_forward:
-        for name, plain in (("residual", "sum"), ("n_experts", 0)):
-            if model[name] != plain:
-                yield f"--config.model.{name}={model[name]} needs --config.model.feed_forward"
+        for name, value in (("residual", "concat"), ("n_experts", model.n_experts or None)):
+            if model[name] == value:
+                yield f"--config.model.{name}={value} needs --config.model.feed_forward"
     layers = model.attention_layers
     if layers and model.mixer == "attention":
         yield "--config.model.attention_layers needs another --config.model.mixer than attention"

@@ -20,6 +20,7 @@ FURTHER_KEYS = (
 )
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
+    "value_residual",
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
     *("residual_multiplier", "embedding_multiplier", "logits_scaling"),

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.models.concat_residual import project
 from lm.models.layers import make_norm
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import MODEL_STATE, Params
+from lm.models.wide_streams import project
 
 AHEAD = "ahead"  # name of their parameters
 

@@ -64,12 +64,14 @@ class MixerInputs:
         rotation: RoPE of the layer, or None.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance (`position_bias`).
         sinks_H: logits of the attention sinks of each head.
+        values_BSGK: values of attention that are not those of the tokens alone.
     """
 
     mask: AttentionMask
     rotation: Rotation | None = None
     bias_HLS: jax.Array | None = None
     sinks_H: jax.Array | None = None
+    values_BSGK: jax.Array | None = None
 
 
 class TokenMixer(nn.Module):
@@ -187,13 +189,17 @@ class DotProductAttention(nn.Module):
         q_BLHK *= jnp.asarray(self.config.query_multiplier, q_BLHK.dtype)
         return constrain(q_BLHK, "batch", "length", "heads", "head_dim")
 
-    def keys_values(self, source_BSW: jax.Array) -> KeyValue:
-        """Return keys and values, [B, S, G, K] each."""
-        names = ("batch", "length", "kv_heads", "head_dim")
+    def keys_values(self, source_BSW: jax.Array, v_BSGK: jax.Array | None = None) -> KeyValue:
+        """Return keys and values, [B, S, G, K] each; values may be given."""
         k_BSGK = self.key(source_BSW)
         if self.config.qk_norm:
             k_BSGK = self.key_norm(k_BSGK)
-        return constrain(k_BSGK, *names), constrain(self.value(source_BSW), *names)
+        k_BSGK = constrain(k_BSGK, "batch", "length", "kv_heads", "head_dim")
+        return k_BSGK, self.values(source_BSW) if v_BSGK is None else v_BSGK
+
+    def values(self, source_BSW: jax.Array) -> jax.Array:
+        """Return values, [B, S, G, K]."""
+        return constrain(self.value(source_BSW), "batch", "length", "kv_heads", "head_dim")
 
     def _attend(
         self,
@@ -252,7 +258,7 @@ class Attention(DotProductAttention, TokenMixer):
     ) -> tuple[jax.Array, Any]:
         """Attend to the tokens themselves and those in the cache."""
         q_BLHK = self.queries(x_BLW)
-        keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW)
+        keys_values = k_BSGK, v_BSGK = self.keys_values(x_BLW, inputs.values_BSGK)
         if inputs.rotation is not None:
             q_BLHK = inputs.rotation.queries(q_BLHK)
             keys_values = inputs.rotation.keys(k_BSGK), v_BSGK

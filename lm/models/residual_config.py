@@ -12,6 +12,9 @@ class ResidualConfig:
     residual: str = "sum"
     residual_multiplier: float = 1.0
     concat_width: int = 32
+    hyper_streams: int = 4
+    hyper_dynamic: bool = True
+    value_residual: str = "none"
     norm: str = "layernorm"
     norm_eps: float = 1e-5
     norm_placement: str = "pre"
@@ -24,3 +27,8 @@ class ResidualConfig:
     final_dropout: bool = False
     activation_dropout: float = 0.0
     scale_residual_init: bool = True
+
+    @property
+    def is_wide(self) -> bool:
+        """True if the residual stream holds more than one sum (`wide_streams.py`)."""
+        return self.residual != "sum" or self.value_residual != "none"

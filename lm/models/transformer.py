@@ -58,12 +58,14 @@ class LayerInputs:
         cache_index: index of the layer in the cache of its token mixer; () if the cache is its own.
         is_global: true if the layer ignores the window, in stacks where only some do.
         is_nope: true if the layer has no positions, in stacks where only some have them.
+        number: number of the layer, from 0, where the residual stream is wide.
         source: cached cross-attention keys and values, heads first.
     """
 
     cache_index: Layer | None = None
     is_global: jax.Array | None = None
     is_nope: jax.Array | None = None
+    number: jax.Array | None = None
     source: Any = None
 
 
@@ -80,10 +82,7 @@ class Block(nn.Module):
     norm(x + sublayer(x)); "both": x + post_norm(sublayer(norm(x))); "output":
     x + post_norm(sublayer(x)).
 
-    With `residual="concat"` concatenation replaces the sum. Block l, counted from 0, reads H^l
-    [B, L, D + l g]; its first sublayer reads H^l and each later one concat(H^l, u), u being the sum
-    of the sublayer outputs before it; h^l [B, L, D] is the sum of all. The block returns
-    H^{l+1} = concat(H^l, h^l W^{l+1}) with W^{l+1} [D, g]; H^0 are the embeddings.
+    Other residual streams than the sum are in `wide_streams.py`.
     """
 
     config: TransformerConfig
@@ -95,7 +94,7 @@ class Block(nn.Module):
         c, kind = self.config, self.layer_type
         x_BLW, caches = carry
         source = layer.source
-        x_BLW = checkpoint_name(x_BLW, "block_input")
+        x_BLW, stream = checkpoint_name(x_BLW, "block_input"), None
 
         def self_attention(y_BLW: jax.Array) -> jax.Array:
             nonlocal caches
@@ -109,6 +108,8 @@ class Block(nn.Module):
             if inputs.rotations is not None:
                 rotation = inputs.rotations.of_layer(layer.is_global, layer.is_nope)
                 mixer_inputs = replace(mixer_inputs, rotation=rotation)
+            if stream is not None:
+                mixer_inputs = stream.mix_values(mixer, y_BLW, mixer_inputs)
             if caches is None:
                 return mixer(y_BLW, mixer_inputs, None, None)[0]
             y_BLD, cache = mixer(y_BLW, mixer_inputs, caches[kind.mixer], layer.cache_index)
@@ -141,10 +142,15 @@ class Block(nn.Module):
             "cross_attention": None if inputs.source_mask is None else cross_attention,
             "feed_forward": feed_forward,
         }
-        block_input_BLW, output_BLD = x_BLW, None  # of residual="concat": H^l, and the sum u
+        n_sublayers = sum(sublayer is not None for sublayer in sublayers.values())
+        if c.is_wide:
+            from lm.models.wide_streams import STREAMS
+
+            stream = STREAMS[c.residual](self, x_BLW, layer.number, n_sublayers)
         for name, sublayer in sublayers.items():
             if sublayer is None:
                 continue
+            x_BLW = x_BLW if stream is None else stream.read(name)
             norm = make_norm(c, f"{name}_norm")
             is_normed = c.norm_placement in ("pre", "both")
             is_normed &= not (kind.raw_input and name == "attention")
@@ -154,18 +160,12 @@ class Block(nn.Module):
             if c.residual_multiplier != 1:
                 y_BLD *= jnp.asarray(c.residual_multiplier, y_BLD.dtype)
             y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
-            if c.residual == "concat":
-                output_BLD = y_BLD if output_BLD is None else output_BLD + y_BLD
-                y_BLD = output_BLD
-                if name == "feed_forward":
-                    from lm.models.concat_residual import project
-
-                    y_BLD = project(c, y_BLD, c.concat_width, "concat")
-                x_BLW = jnp.concatenate([block_input_BLW, y_BLD], axis=-1)
-                x_BLW = constrain(x_BLW, "batch", "residual_length", "embed")
-            else:
-                x_BLW = constrain(x_BLW + y_BLD, "batch", "residual_length", "embed")
+            if stream is not None:
+                stream.write(name, y_BLD)
+                continue
+            x_BLW = constrain(x_BLW + y_BLD, "batch", "residual_length", "embed")
             x_BLW = norm(x_BLW) if c.norm_placement == "post" else x_BLW
+        x_BLW = x_BLW if stream is None else stream.output()
         is_prefill = caches is not None and inputs.encoded_BSD is not None
         return (x_BLW, caches), source if is_prefill else None
 
@@ -207,9 +207,7 @@ def with_remat(block: type[nn.Module], remat: str, prevent_cse: bool = False) ->
 class Stack(nn.Module):
     """Stack of `n_layers` blocks, run in the segments of its layer types.
 
-    The parameters of a scanned segment are stacked on a first axis "layers". A stack with
-    `residual="concat"` ends with a projection "output" of the normalized H^N [B, L, D + N g] to
-    [B, L, D], so that output layers and tied embeddings are as in other stacks.
+    The parameters of a scanned segment are stacked on a first axis "layers".
     """
 
     config: TransformerConfig
@@ -253,6 +251,11 @@ class Stack(nn.Module):
         layer_types = c.layer_types(self.n_layers)
         kinds = c.is_global(self.n_layers), c.is_nope(self.n_layers)
         layers = LayerInputs(None, *jax.tree.map(jnp.asarray, kinds))
+        if c.is_wide:
+            from lm.models.wide_streams import narrow, widen
+
+            x_BLD = widen(c, x_BLD)
+            layers = replace(layers, number=jnp.arange(self.n_layers))
         if cache is None and current_pipeline():
             from lm.parallel.pipeline import scan_as_pipeline
 
@@ -277,12 +280,10 @@ class Stack(nn.Module):
             (x_BLD, mixers), source = self._run((x_BLD, cache.mixers), inputs, layers)
             assert mixers is not None
             cache = cache.advance(c, mixers, x_BLD.shape[1], source, source_segments_BS)
-        if c.norm_placement != "post":
+        if c.is_wide:
+            x_BLD = narrow(c, x_BLD)
+        elif c.norm_placement != "post":
             x_BLD = make_norm(c, "final_norm")(x_BLD)
-        if c.residual == "concat":
-            from lm.models.concat_residual import project
-
-            x_BLD = project(c, x_BLD, c.d_model, "output", part="body")
         if c.final_dropout:
             x_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(x_BLD)
         return x_BLD.astype(c.dtype), cache

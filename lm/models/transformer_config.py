@@ -185,7 +185,7 @@ class TransformerConfig(
                     feed_forward="experts" if sparse_N[i] else plain,
                     mixer="attention" if i in self.attention_layers else self.mixer,
                     is_local=not is_global_N[i],
-                    scannable=self.residual == "sum" and not self.unrolled,
+                    scannable=self.residual != "concat" and not self.unrolled,
                     group=int(i >= self.dense_layers) + 2 * is_raw,
                     raw_input=is_raw,
                 )
@@ -244,10 +244,15 @@ class TransformerConfig(
         return self.stddev((n_in or self.d_model) / self.width_ratio, n_out)
 
     def residual_std(self, n_in: int, n_out: int) -> float:
-        """Return `std`, scaled down for kernels that write to a residual sum (GPT-2 §2.3)."""
-        is_scaled = self.scale_residual_init and self.residual == "sum"
+        """Return `std`, scaled for kernels that write to a residual stream.
+
+        Down by the layers of a sum (GPT-2 §2.3), up by the streams of hyper-connections (Zhu et al.
+        2024, §4).
+        """
+        is_scaled = self.scale_residual_init and self.residual != "concat"
         shrink = (2 * self.n_layers) ** 0.5 if is_scaled else 1.0
-        return self.std(n_in, n_out) / shrink
+        streams = self.hyper_streams if self.residual == "hyper" else 1
+        return self.std(n_in, n_out) / shrink * streams**0.5
 
 
 # --- from the configuration file

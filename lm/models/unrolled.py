@@ -37,8 +37,8 @@ class CachedBlocks(nn.Module):
         for i, (kind, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             of_mixer, number = parts[kind.mixer], numbers[i]
             source = None if layers.source is None else layers.source[i]
-            kinds = jax.tree.map(lambda x, i=i: x[i], (layers.is_global, layers.is_nope))
-            layer = LayerInputs((), kinds[0], kinds[1], source)
+            kinds = layers.is_global, layers.is_nope, layers.number
+            layer = LayerInputs((), *jax.tree.map(lambda x, i=i: x[i], kinds), source)
             block: Any = Block(self.config, self.deterministic, kind, name=name)
             (x_BLW, after), source = block((x_BLW, {kind.mixer: of_mixer[number]}), inputs, layer)
             of_mixer[number] = after[kind.mixer]

@@ -44,7 +44,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
     if config.optimizer.qk_clip:
         yield f"--config.parallel.mesh.stage={stages} does not support --config.optimizer.qk_clip"
     for name, plain in (
-        ("residual", "sum"),
+        ("residual", "hyper" if model.residual == "hyper" else "sum"),
         ("dense_layers", 0),
         ("expert_layers", ()),
         ("first_norm", True),

@@ -73,6 +73,10 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "concat is not for --config.model.norm",
         ),
         (
+            {"model.value_residual": "fixed", "model.mixer": "mla"},
+            "value_residual=fixed is not for --config.model.mixer=mla",
+        ),
+        (
             {"model.residual": "concat", "model.family": "lstm"},
             "concat is not for --config.model.fam",
         ),

@@ -1,4 +1,4 @@
-"""Stacks that are not one scan, on meshes: blocks of growing width, a dense prefix."""
+"""Stacks that are not one scan of sums, on meshes: wide streams, a dense prefix."""
 
 import jax
 import numpy as np
@@ -7,6 +7,11 @@ from test_meshes import batches, experiment_on, losses
 
 STACKS = {
     "concat": {"model__residual": "concat", "model__concat_width": 8},
+    "hyper": {
+        "model__residual": "hyper",
+        "model__hyper_streams": 2,
+        "model__value_residual": "learned",
+    },
     "dense prefix": {"model__n_layers": 3, "model__n_experts": 4, "model__dense_layers": 1},
 }
 MESHES = {
@@ -26,6 +31,13 @@ def test_losses_equal_those_of_one_device(stack, mesh):
     overrides, expected = stack
     found = losses(experiment_on(MESHES[mesh], **overrides), 5)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_streams_pass_through_a_pipeline(stack):
+    overrides, expected = stack
+    if "model__hyper_streams" in overrides:
+        found = losses(experiment_on({"stage": 2, "data": 2}, **overrides), 5)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_muon_orthogonalises_layers_that_are_not_stacked():

@@ -1,0 +1,226 @@
+"""Residual streams that hold more than the sum of embeddings and sublayer outputs.
+
+A stack widens its input to the stream, each block reads and writes it through a `Stream`, and the
+stack narrows what leaves the last block to [B, L, D], normalized. With `model.value_residual` the
+last numbers of the stream are the attention values of the first layer.
+
+Shape letters: B batch, L length, D model, W width of the stream, C streams of hyper-connections,
+U connections of a stream, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.models.attention import Attention, MixerInputs
+from lm.models.layers import Linear, make_norm
+from lm.models.transformer_config import TransformerConfig
+from lm.models.variables import Kind, Part, Role, param
+from lm.parallel.mesh import constrain
+
+
+def widen(config: TransformerConfig, x_BLD: jax.Array) -> jax.Array:
+    """Return the stream [B, L, W] that enters the first block."""
+    c = config
+    x_BLW = jnp.tile(x_BLD, c.hyper_streams) if c.residual == "hyper" else x_BLD
+    n_values = _n_values(c)
+    return jnp.pad(x_BLW, [(0, 0), (0, 0), (0, n_values)]) if n_values else x_BLW
+
+
+def narrow(config: TransformerConfig, x_BLW: jax.Array) -> jax.Array:
+    """Return what leaves a stack, [B, L, D]; called by a compact method of it."""
+    c = config
+    x_BLW = x_BLW[..., : x_BLW.shape[-1] - _n_values(c)]
+    if c.residual == "hyper":
+        x_BLW = x_BLW.reshape(*x_BLW.shape[:2], c.hyper_streams, -1).sum(2)
+    x_BLW = make_norm(c, "final_norm")(x_BLW)
+    return project(c, x_BLW, c.d_model, "output", "body") if c.residual == "concat" else x_BLW
+
+
+def _n_values(config: TransformerConfig) -> int:
+    """Return how many numbers of a stream are values of the first layer."""
+    return config.n_kv_heads * config.head_dim if config.value_residual != "none" else 0
+
+
+def project(
+    config: TransformerConfig, x_BLW: jax.Array, n_out: int, name: str, part: Part = "layers"
+) -> jax.Array:
+    """Apply a linear map without bias to a stream, or to several that are concatenated.
+
+    Args:
+        config: configuration of the stack.
+        x_BLW: input of any width.
+        n_out: width of the output.
+        name: module name.
+        part: part of the model that the kernel belongs to.
+    """
+    c, width = config, x_BLW.shape[-1]
+    init, axes = c.kernel_init(c.std(width, n_out)), ("embed", "residual")
+    role = Role(Kind.MATRIX, c.stream, part)
+    return Linear((width,), (n_out,), axes, role, False, init, c.dtype, name=name)(x_BLW)
+
+
+class Stream:
+    """Residual stream of one block, while it runs: the sum, if no subclass has another rule.
+
+    Its parameters belong to the block, from whose compact method all is called.
+    """
+
+    def __init__(self, block: nn.Module, x_BLW: jax.Array, number: jax.Array, n_sublayers: int):
+        """Take the stream that enters a block.
+
+        Args:
+            block: the block.
+            x_BLW: the stream.
+            number: number of the block in its stack, from 0.
+            n_sublayers: sublayers of a block.
+        """
+        self.block, self.number, self.n_sublayers = block, number, n_sublayers
+        self.config: TransformerConfig = block.config  # type: ignore[attr-defined]
+        width = x_BLW.shape[-1] - _n_values(self.config)
+        self.x_BLW, self.values_BLV = jnp.split(x_BLW, [width], axis=-1)
+
+    def read(self, name: str) -> jax.Array:
+        """Return the input of the sublayer of this name."""
+        return self.x_BLW
+
+    def write(self, name: str, y_BLD: jax.Array) -> None:
+        """Add the output of the sublayer of this name."""
+        self.x_BLW = _constrained(self.x_BLW + y_BLD)
+
+    def output(self) -> jax.Array:
+        """Return the stream that leaves the block."""
+        return jnp.concatenate([self.x_BLW, self.values_BLV], axis=-1)
+
+    def mix_values(self, mixer: Attention, x_BLW: jax.Array, inputs: MixerInputs) -> MixerInputs:
+        """Return the inputs of self-attention with values that are partly the first layer's.
+
+        V'_n = λ_1 V_1 + λ_2 V_n for n > 1, λ being ½ each, or learned from there for each layer
+        (ResFormer; Zhou et al. 2024, arXiv 2410.17897, §3.2).
+
+        Args:
+            mixer: attention of the block.
+            x_BLW: its input.
+            inputs: its other inputs.
+        """
+        c = self.config
+        if c.value_residual == "none":
+            return inputs
+        v_BSGK, is_first = mixer.values(x_BLW), self.number == 0
+        first_BSGK = jnp.where(is_first, v_BSGK, self.values_BLV.reshape(v_BSGK.shape))
+        self.values_BLV = first_BSGK.reshape(self.values_BLV.shape)
+        weights = jnp.full(2, 0.5)
+        if c.value_residual == "learned":
+            half, role = nn.initializers.constant(0.5), Role(Kind.NORM, c.stream)
+            weights = param(self.block, "value_weights", half, (2,), ("norm",), role)
+        a, b = weights.astype(v_BSGK.dtype)
+        mixed_BSGK = jnp.where(is_first, v_BSGK, a * first_BSGK + b * v_BSGK)
+        return replace(inputs, values_BSGK=mixed_BSGK)
+
+
+class ConcatStream(Stream):
+    """Stream of `residual="concat"`, which grows by g = `concat_width` numbers a block.
+
+    Block l, counted from 0, reads H^l [B, L, D + l g]; its first sublayer reads H^l and each later
+    one concat(H^l, u), u being the sum of the sublayer outputs before it; h^l [B, L, D] is the sum
+    of all. The block returns H^{l+1} = concat(H^l, h^l W^{l+1}) with W^{l+1} [D, g]; H^0 are the
+    embeddings. The stack ends with a projection of H^N, normalized, to [B, L, D], so that output
+    layers are those of other stacks, tied embeddings included.
+    """
+
+    sum_BLD: jax.Array | None = None
+    input_BLW: jax.Array | None = None
+
+    def write(self, name: str, y_BLD: jax.Array) -> None:
+        """Put the sum of the outputs, or what it is mapped to, beside the input."""
+        if self.input_BLW is None or self.sum_BLD is None:
+            self.input_BLW, self.sum_BLD = self.x_BLW, y_BLD
+        else:
+            self.sum_BLD = self.sum_BLD + y_BLD
+        y_BLD = self.sum_BLD
+        if name == "feed_forward":
+            y_BLD = project(self.config, y_BLD, self.config.concat_width, "concat")
+        self.x_BLW = _constrained(jnp.concatenate([self.input_BLW, y_BLD], axis=-1))
+
+
+class HyperStream(Stream):
+    """C streams with connections of their own (Zhu et al. 2024, arXiv 2409.19606, §2).
+
+    A sublayer T reads A_m^T H and its output joins what the streams make of each other, eq. 2 to 5:
+    H' = A_r^T H + B^T T(A_m^T H). All streams begin as the embeddings; their sum leaves the stack.
+    """
+
+    n_read = 0
+
+    def read(self, name: str) -> jax.Array:
+        """Return A_m^T H; keep A_r^T H and B for `write`."""
+        C, x_BLW = self.config.hyper_streams, self.x_BLW
+        index = self.number * self.n_sublayers + self.n_read
+        self.n_read += 1
+        H_BLCD = x_BLW.reshape(*x_BLW.shape[:2], C, -1)
+        connection = HyperConnection(self.config, name=f"{name}_connection")
+        weights_BLCU = connection(H_BLCD, index)
+        mixed_BLUD = jnp.einsum(
+            "BLCU,BLCD->BLUD",
+            weights_BLCU[..., :-1].astype(H_BLCD.dtype),
+            H_BLCD,
+            preferred_element_type=jnp.float32,
+        ).astype(H_BLCD.dtype)
+        self.kept_BLCD, self.added_BLC = mixed_BLUD[:, :, 1:], weights_BLCU[..., -1]
+        return mixed_BLUD[:, :, 0]
+
+    def write(self, name: str, y_BLD: jax.Array) -> None:
+        """Set H to A_r^T H + B^T y."""
+        added_BLC = self.added_BLC[..., None].astype(y_BLD.dtype)
+        H_BLCD = self.kept_BLCD + added_BLC * y_BLD[:, :, None]
+        self.x_BLW = _constrained(H_BLCD.reshape(self.x_BLW.shape))
+
+
+class HyperConnection(nn.Module):
+    """Weights [A_m, A_r, B^T] of the connections of each stream to a sublayer.
+
+    They begin as those of a plain residual sum, of which sublayer k reads stream k mod C (eq. 14).
+    What is learned is added: a static part, and with `hyper_dynamic` s tanh(norm(H) W), W beginning
+    at 0 and s at 0.01 (eq. 10 to 13).
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, H_BLCD: jax.Array, index: jax.Array) -> jax.Array:
+        """Return the weights [B or 1, L or 1, C, U], U = C + 2, float32.
+
+        Args:
+            H_BLCD: the streams.
+            index: number k of the sublayer in its stack.
+        """
+        c, C = self.config, self.config.hyper_streams
+        zeros, axes = nn.initializers.zeros, ("norm", "norm")
+        learned_CU = param(
+            self, "static", zeros, (C, C + 2), axes, Role(Kind.BIAS, c.stream, outputs=2)
+        )
+        is_read_C1 = (jnp.arange(C) == index % C)[:, None]
+        start_CU = jnp.concatenate([is_read_C1, jnp.eye(C), jnp.ones((C, 1))], axis=1)
+        weights_BLCU = (start_CU + learned_CU)[None, None]
+        if c.hyper_dynamic:
+            role, names = Role(Kind.ROUTER, c.stream), ("embed", "router")
+            project_H = Linear(
+                (c.d_model,), (C + 2,), names, role, False, zeros, c.dtype, name="dynamic"
+            )
+            small, scale_role = nn.initializers.constant(0.01), Role(Kind.NORM, c.stream)
+            a, b = param(self, "scale", small, (2,), ("norm",), scale_role)
+            changes = jnp.tanh(project_H(make_norm(c, "norm")(H_BLCD)).astype(jnp.float32))
+            scale_U = jnp.where(jnp.arange(C + 2) <= C, a, b)
+            weights_BLCU = weights_BLCU + scale_U * changes
+        return weights_BLCU
+
+
+def _constrained(x_BLW: jax.Array) -> jax.Array:
+    return constrain(x_BLW, "batch", "residual_length", "embed")
+
+
+STREAMS = {"sum": Stream, "concat": ConcatStream, "hyper": HyperStream}
