@@ -24,7 +24,8 @@ The first stage of training, with rows of 4,096 tokens, where released models' Y
 AdamW (0.9, 0.95), decay 0.1, clipping at 1, 2,000 steps of warm-up, N(0, 0.006²) are DeepSeek's;
 then a cosine to 10 % is Llama's, where V2 has steps, and V3 and K2 hold the rate for 10T tokens.
 The largest batch of the reports is that of all steps. K2 has MuonClip instead of AdamW: Muon at
-Moonlight's scale, and queries and keys of heads with logits above 100 scaled down. Balance is the reports' loss of experts, without V2's of devices and communication.
+Moonlight's scale, and queries and keys of heads with logits above 100 scaled down. Balance is the
+reports' loss of experts, without V2's of devices and communication.
 
     lm train --config experiments/deepseek.py:v2-lite --workdir runs/deepseek \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\

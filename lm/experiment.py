@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from math import prod
 from typing import Any
 
@@ -377,22 +377,18 @@ def build_untraced(
     capability = getattr(devices[0], "compute_capability", "")
     pipeline, attention = resolve_parallelism(config, platform, sizes, capability)
     objective, tokenizer = _objective(config, tokenizer)
-    schedule = make_schedule(config.optimizer.learning_rate, config.schedule, config.train.steps)
-    trainable = None
-    if config.optimizer.freeze or config.lora.rank or config.lora.train or objective.frozen:
+    options, trainable = config.optimizer, None
+    schedule = make_schedule(options.learning_rate, config.schedule, config.train.steps)
+    if options.freeze or config.lora.rank or config.lora.train or objective.frozen:
         from lm.models.parameter_groups import TrainableMask
 
-        trainable = TrainableMask(config.optimizer.freeze, config.lora.train)
+        trainable = TrainableMask(options.freeze, config.lora.train)
     width_ratio = config.model.d_model / (config.model.mup_base_width or config.model.d_model)
+    table = partial(ParamTable, decay=options.decay, width_ratio=width_ratio)
     steps = Steps(
         model=make_model(config, attention.kernel, attention.across),
         objective=objective,
-        make_optimizer=lambda infos: make_optimizer(
-            config.optimizer,
-            schedule,
-            ParamTable(infos, config.optimizer.decay, width_ratio),
-            trainable,
-        ),
+        make_optimizer=lambda infos: make_optimizer(options, schedule, table(infos), trainable),
         trainable=trainable,
         lora=config.lora,
         schedule=schedule,
@@ -400,10 +396,10 @@ def build_untraced(
         batch_size=config.data.batch_size,
         microbatches=config.train.microbatches,
     )
-    if config.optimizer.qk_clip:
+    if options.qk_clip:
         from lm.qk_clip import clipped_steps
 
-        steps = clipped_steps(steps, config.optimizer.qk_clip)
+        steps = clipped_steps(steps, options.qk_clip)
     mesh = make_mesh(sizes, devices)
     return Experiment(config, mesh, pipeline, steps.model, steps, attention, tokenizer)
 

@@ -15,15 +15,13 @@ POSITION_BIASES = ("relative", "alibi", "disentangled")
 # keys that hold regular expressions.
 FURTHER_KEYS = (
     *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision"),
-    *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp"),
-    "optimizer.qk_clip",
+    *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp", "optimizer.qk_clip"),
 )
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
-    "value_residual",
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
-    *("residual_multiplier", "embedding_multiplier", "logits_scaling"),
+    *("residual_multiplier", "embedding_multiplier", "logits_scaling", "value_residual"),
     *("first_norm", "embedding_size", "generator_width", "attention_layers", "feed_forward"),
     *("n_mels", "nope_layers", "expert_layers", "global_layers"),
 )

@@ -27,8 +27,3 @@ class ResidualConfig:
     final_dropout: bool = False
     activation_dropout: float = 0.0
     scale_residual_init: bool = True
-
-    @property
-    def is_wide(self) -> bool:
-        """True if the residual stream holds more than one sum (`wide_streams.py`)."""
-        return self.residual != "sum" or self.value_residual != "none"

@@ -118,10 +118,8 @@ class Block(nn.Module):
 
         def cross_attention(y_BLW: jax.Array) -> jax.Array:
             nonlocal source
-            widths = y_BLW.shape[-1], c.d_model
-            attend = CrossAttention(
-                c, self.deterministic, *widths, "source", name="cross_attention"
-            )
+            fields = c, self.deterministic, y_BLW.shape[-1], c.d_model, "source"
+            attend = CrossAttention(*fields, name="cross_attention")
             assert inputs.source_mask is not None
             if inputs.encoded_BSD is not None:
                 source = attend.keys_values(inputs.encoded_BSD)
@@ -142,30 +140,27 @@ class Block(nn.Module):
             "cross_attention": None if inputs.source_mask is None else cross_attention,
             "feed_forward": feed_forward,
         }
-        n_sublayers = sum(sublayer is not None for sublayer in sublayers.values())
-        if c.is_wide:
-            from lm.models.wide_streams import STREAMS
+        present = {name: sublayer for name, sublayer in sublayers.items() if sublayer is not None}
 
-            stream = STREAMS[c.residual](self, x_BLW, layer.number, n_sublayers)
-        for name, sublayer in sublayers.items():
-            if sublayer is None:
-                continue
-            x_BLW = x_BLW if stream is None else stream.read(name)
-            norm = make_norm(c, f"{name}_norm")
+        def run(name: str, x_BLW: jax.Array) -> jax.Array:
             is_normed = c.norm_placement in ("pre", "both")
             is_normed &= not (kind.raw_input and name == "attention")
-            y_BLD = sublayer(norm(x_BLW) if is_normed else x_BLW)
+            y_BLD = present[name](make_norm(c, f"{name}_norm")(x_BLW) if is_normed else x_BLW)
             if c.norm_placement in ("both", "output"):
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)
             if c.residual_multiplier != 1:
                 y_BLD *= jnp.asarray(c.residual_multiplier, y_BLD.dtype)
-            y_BLD = nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
-            if stream is not None:
-                stream.write(name, y_BLD)
-                continue
-            x_BLW = constrain(x_BLW + y_BLD, "batch", "residual_length", "embed")
-            x_BLW = norm(x_BLW) if c.norm_placement == "post" else x_BLW
-        x_BLW = x_BLW if stream is None else stream.output()
+            return nn.Dropout(c.dropout, deterministic=self.deterministic)(y_BLD)
+
+        if c.is_wide:
+            from lm.models.wide_streams import STREAMS
+
+            stream = STREAMS[c.residual](self, x_BLW, layer.number)
+            x_BLW = stream.through(tuple(present), run)
+        for name in () if c.is_wide else present:
+            x_BLW = constrain(x_BLW + run(name, x_BLW), "batch", "residual_length", "embed")
+            if c.norm_placement == "post":
+                x_BLW = make_norm(c, f"{name}_norm")(x_BLW)
         is_prefill = caches is not None and inputs.encoded_BSD is not None
         return (x_BLW, caches), source if is_prefill else None
 

@@ -193,6 +193,11 @@ class TransformerConfig(
         return tuple(types)
 
     @property
+    def is_wide(self) -> bool:
+        """True if the residual stream holds more than one sum (`wide_streams.py`)."""
+        return self.residual != "sum" or self.value_residual != "none"
+
+    @property
     def score_scale(self) -> float:
         """Scale of the attention scores."""
         return self.attention_scale or self.head_dim**-0.5

@@ -5,6 +5,7 @@ Slices of stacked parameters or caches would be copied in every step.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -37,8 +38,8 @@ class CachedBlocks(nn.Module):
         for i, (kind, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             of_mixer, number = parts[kind.mixer], numbers[i]
             source = None if layers.source is None else layers.source[i]
-            kinds = layers.is_global, layers.is_nope, layers.number
-            layer = LayerInputs((), *jax.tree.map(lambda x, i=i: x[i], kinds), source)
+            own = replace(layers, cache_index=(), source=None)
+            layer = replace(jax.tree.map(lambda x, i=i: x[i], own), source=source)
             block: Any = Block(self.config, self.deterministic, kind, name=name)
             (x_BLW, after), source = block((x_BLW, {kind.mixer: of_mixer[number]}), inputs, layer)
             of_mixer[number] = after[kind.mixer]

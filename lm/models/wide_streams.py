@@ -10,6 +10,7 @@ U connections of a stream, G key/value heads, K head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import flax.linen as nn
@@ -70,31 +71,41 @@ class Stream:
     Its parameters belong to the block, from whose compact method all is called.
     """
 
-    def __init__(self, block: nn.Module, x_BLW: jax.Array, number: jax.Array, n_sublayers: int):
+    def __init__(self, block: nn.Module, x_BLW: jax.Array, number: jax.Array | None):
         """Take the stream that enters a block.
 
         Args:
             block: the block.
             x_BLW: the stream.
             number: number of the block in its stack, from 0.
-            n_sublayers: sublayers of a block.
         """
-        self.block, self.number, self.n_sublayers = block, number, n_sublayers
+        assert number is not None
+        self.block, self.number = block, number
         self.config: TransformerConfig = block.config  # type: ignore[attr-defined]
         width = x_BLW.shape[-1] - _n_values(self.config)
         self.x_BLW, self.values_BLV = jnp.split(x_BLW, [width], axis=-1)
 
-    def read(self, name: str) -> jax.Array:
-        """Return the input of the sublayer of this name."""
+    def through(
+        self, names: tuple[str, ...], run: Callable[[str, jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Return the stream that leaves the block, after its sublayers.
+
+        Args:
+            names: names of the sublayers, in their order.
+            run: sublayer of a name on an input, with its norms and dropout.
+        """
+        for i, name in enumerate(names):
+            x_BLW = self.read(name, self.number * len(names) + i)
+            self.write(name, run(name, x_BLW))
+        return jnp.concatenate([self.x_BLW, self.values_BLV], axis=-1)
+
+    def read(self, name: str, index: jax.Array) -> jax.Array:
+        """Return the input of a sublayer, by its name and its number in the stack."""
         return self.x_BLW
 
     def write(self, name: str, y_BLD: jax.Array) -> None:
         """Add the output of the sublayer of this name."""
         self.x_BLW = _constrained(self.x_BLW + y_BLD)
-
-    def output(self) -> jax.Array:
-        """Return the stream that leaves the block."""
-        return jnp.concatenate([self.x_BLW, self.values_BLV], axis=-1)
 
     def mix_values(self, mixer: Attention, x_BLW: jax.Array, inputs: MixerInputs) -> MixerInputs:
         """Return the inputs of self-attention with values that are partly the first layer's.
@@ -154,13 +165,9 @@ class HyperStream(Stream):
     H' = A_r^T H + B^T T(A_m^T H). All streams begin as the embeddings; their sum leaves the stack.
     """
 
-    n_read = 0
-
-    def read(self, name: str) -> jax.Array:
+    def read(self, name: str, index: jax.Array) -> jax.Array:
         """Return A_m^T H; keep A_r^T H and B for `write`."""
         C, x_BLW = self.config.hyper_streams, self.x_BLW
-        index = self.number * self.n_sublayers + self.n_read
-        self.n_read += 1
         H_BLCD = x_BLW.reshape(*x_BLW.shape[:2], C, -1)
         connection = HyperConnection(self.config, name=f"{name}_connection")
         weights_BLCU = connection(H_BLCD, index)
