@@ -118,7 +118,7 @@ class Block(nn.Module):
 
         def cross_attention(y_BLW: jax.Array) -> jax.Array:
             nonlocal source
-            fields = c, self.deterministic, y_BLW.shape[-1], c.d_model, "source"
+            fields: Any = c, self.deterministic, y_BLW.shape[-1], c.d_model, "source"
             attend = CrossAttention(*fields, name="cross_attention")
             assert inputs.source_mask is not None
             if inputs.encoded_BSD is not None:

@@ -30,10 +30,7 @@ class TokenLosses(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def cross_entropy(
-    logits_BLV: jax.Array,
-    targets_BL: jax.Array,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    logits_BLV: jax.Array, targets_BL: jax.Array, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> TokenLosses:
     """Compute softmax cross-entropy in float32, with a backward pass that reads the logits once.
 
