@@ -130,10 +130,10 @@ def train(experiment: Path, workdir: Path, mesh: str, kill: bool = False) -> Non
     if kill:
         Checkpoints.save = save_or_die  # type: ignore[method-assign]
     words = ["train", "--config", str(experiment), "--workdir", str(workdir)]
-    sizes = dict(size.split("=") for size in mesh.split())
+    sizes = {"data": "1"} | dict(size.split("=") for size in mesh.split())
     words += ["--cpu_devices", str(math.prod(map(int, sizes.values())))]
-    words += ["--config.parallel.preset=custom", "--config.parallel.mesh.data=1"]
-    sys.argv = ["lm", *words, *(f"--config.parallel.mesh.{size}" for size in mesh.split())]
+    words += ["--config.parallel.preset=custom"]
+    sys.argv = ["lm", *words, *(f"--config.parallel.mesh.{a}={n}" for a, n in sizes.items())]
     try:
         runpy.run_module("lm", run_name="__main__", alter_sys=True)
     except SystemExit as end:
