@@ -76,7 +76,7 @@ def losses(run):
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     names = ("loss", "eval/validation/loss")
     pairs = [((row["step"], name), row[name]) for row in rows for name in names if name in row]
-    assert len(dict(pairs)) == len(pairs), f"{run}: a step is there twice"
+    assert len(dict(pairs)) == len(pairs), f"{run}: a step is repeated"
     return dict(pairs)
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         rows = [{**vars(r), "folder": str(r.folder), "problems": list(r.problems)} for r in reports]
         print(json.dumps(rows))
     if not reports and not args.json:
-        print("there are no stores yet: data are tokenized when a run starts")
+        print("no stores yet: data are tokenized when a run starts")
     if damaged := [report for report in reports if report.problems]:
         first = damaged[0]
         remove = f"{first.folder}/{first.damaged}" if first.damaged else first.folder

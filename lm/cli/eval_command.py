@@ -286,7 +286,7 @@ def _evaluate_code(args: argparse.Namespace, overrides: Overrides) -> int:
 def _write_figures(args: argparse.Namespace, folder: Path, step: int, figures: Any) -> None:
     """Write safety figures to FOLDER/STEP.json and metrics.jsonl.
 
-    Those of averaged parameters are no point of the trend, and go to a file of their own.
+    Figures of averaged parameters are not part of the trend, and go to a separate file.
     """
     from lm.runs.metrics_file import record_figures
 

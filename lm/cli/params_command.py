@@ -74,7 +74,7 @@ def _params_of_one(args: argparse.Namespace, overrides: Overrides) -> int:
             line += f" {_spec_text(row['spec']):30} {row['bytes']:>15,}"
         print(line.rstrip())
     if counts["heads"]:
-        print(f"heads of pretraining, in none of the sums below {counts['heads']:,}")
+        print(f"pretraining heads, not included in the sums below {counts['heads']:,}")
     print(f"non-embedding {counts['non_embedding']:,}")
     if counts["active"] != counts["total"]:
         print(f"active {counts['active']:,}")

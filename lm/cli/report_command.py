@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--workdir", required=True, nargs="+", metavar="DIR", help="runs, or folders of runs"
     )
-    output = "for index.html and PNGs; WORKDIR/report, or beside several"
+    output = "for index.html and PNGs; WORKDIR/report, or next to several runs"
     parser.add_argument("--output", metavar="DIR", help=output)
 
 

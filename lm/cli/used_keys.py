@@ -39,7 +39,7 @@ MODEL: Patterns = (
     "train.scan_unroll",
 )
 # Reading data that are not trained on, without mixtures and overlapping windows. Each command has
-# its own source options; data.tokenizer has an error of its own.
+# its own source options; data.tokenizer has its own error.
 READING: Patterns = (
     "data.*",
     "-data.tokenizer_*",

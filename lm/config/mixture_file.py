@@ -40,7 +40,7 @@ _PART_KEYS: dict[str, tuple[type, ...]] = {
 def read_mixture(config: ConfigDict, file: str | Path) -> None:
     """Set the keys of section `data` from a mixture file: sources, weights, schedule.
 
-    Without `validation` in any part, `data.validation_source` stays as it is.
+    Without `validation` in any part, `data.validation_source` is unchanged.
 
     Args:
         config: configuration to change, in `get_config`.

@@ -157,7 +157,7 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     if model.n_kv_heads not in (0, model.n_heads):
         yield (
             f"--config.model.n_kv_heads={model.n_kv_heads}: with --config.model.mixer="
-            f"{model.mixer} each of {model.n_heads} heads has keys and values of its own"
+            f"{model.mixer} each of {model.n_heads} heads has its own keys and values"
         )
     if model.mixer != "mla":
         return

@@ -103,7 +103,7 @@ def ramp_problems(config: ConfigDict) -> Iterator[str]:
     for stage in stages(data):
         if stage.step % train.steps_per_dispatch:
             yield (
-                f"{named}: step {stage.step} is no multiple of "
+                f"{named}: step {stage.step} is not a multiple of "
                 f"--config.train.steps_per_dispatch={train.steps_per_dispatch}"
             )
         if stage.rows % train.microbatches:

@@ -104,7 +104,7 @@ def target_start(tokenizer: Tokenizer | None, prefix: str = "") -> tuple[int, ..
         prefix: `data.target_prefix`.
 
     Raises:
-        UserError: a name of the prefix is no token.
+        UserError: a name in the prefix is not a token.
     """
     names = listed(prefix)
     ids = [tokenizer.token_id(name) if tokenizer else 0 for name in names]

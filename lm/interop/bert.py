@@ -109,7 +109,7 @@ def _read_roberta(hf: Values) -> Values:
     pad = hf.get("pad_token_id", 1)
     if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < hf["vocab_size"]:
         raise UnsupportedConfig(
-            f"config.json: pad_token_id={pad} is no id of its {hf['vocab_size']} tokens, "
+            f"config.json: pad_token_id={pad} is not an id of its {hf['vocab_size']} tokens, "
             "and positions count from it"
         )
     offset = 1 + pad

@@ -59,7 +59,7 @@ def _write(config: TransformerConfig) -> Values:
 
 
 def _read_gemma(hf: Values) -> Values:
-    # Gemma 1 was released with another key beside "gelu", of the approximation it computes.
+    # Besides "gelu", Gemma 1 was released with another key for its actual approximation.
     hf = hf | {"hidden_act": hf["hidden_activation"] or _TANH} if "hidden_activation" in hf else hf
     return _read(hf, "hidden_act") | read_rope(hf)
 

@@ -161,11 +161,11 @@ def _class_names(found: ModelFolder) -> list[str]:
     names = [stated[str(i)] for i in range(n)]
     for i, name in enumerate(names):
         if not isinstance(name, str):
-            problem = "is no text"
+            problem = "is not a string"
         elif listed(listing([name])) != [name]:
             problem = "has white space at an end" if name.strip() else "is empty"
         elif name in names[:i]:
-            problem = "is there twice"
+            problem = "is listed twice"
         else:
             continue
         raise UserError(f"config.json: id2label: the name {name!r} of class {i} {problem}")

@@ -291,7 +291,7 @@ def _without_constants(
         tensor.check_weights()
         limits = 2**-8 * np.abs(expected) + 2e-4 * np.abs(expected).max(initial=0)
         if not np.all(np.abs(tensor.rows(0, tensor_shape[0]) - expected) <= limits):
-            what = "has values of its own" if expected.any() else "is not zero"
+            what = "has unusual values" if expected.any() else "is not zero"
             raise UserError(f"{path}: {name} {what}, which is not supported")
     return stored
 

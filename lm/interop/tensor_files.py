@@ -114,7 +114,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one safetensors file by name."""
     found = {}
     with _open_file(file) as tensors:
-        for name in tensors.keys():  # noqa: SIM118  it is no mapping
+        for name in tensors.keys():  # noqa: SIM118  not a mapping
             about = tensors.get_slice(name)
             if about.get_dtype() not in KNOWN:
                 raise UserError(

@@ -24,7 +24,7 @@ NEG_INF = -1e30  # masked score; finite, so that a fully masked row gives no NaN
 class AttentionMask:
     """Attention mask: which keys each query attends to.
 
-    Query i is at key position `offset` + i. A query attends to keys of its own segment and, if
+    Query i is at key position `offset` + i. A query attends to keys in its segment and, if
     causal, to none after itself. Tokens of a segment are contiguous and its prefix comes first, so
     every query attends to a contiguous range of keys (`mask_ranges`).
 

@@ -1,9 +1,9 @@
 """Copying of source tokens: the pointer-generator (See, Liu and Manning 2017, §2.2).
 
 P(v) = p_gen softmax(logits)_v + (1 - p_gen) Σ_{s: source_s = v} a_s, where a is attention from the
-decoder's last hidden state to the encoder's outputs. It is a bilinear attention of its own (Luong
+decoder's last hidden state to the encoder's outputs. It is a separate bilinear attention (Luong
 et al. 2015, "general"): fused kernels return no weights, and a head of the last layer would have to
-serve two ends.
+serve two purposes.
 
 Shape letters: B batch, L target length, S source length, D model, V vocabulary.
 """
@@ -33,7 +33,7 @@ class EncodedSource:
 class CopyState:
     """Hidden states of a decoder, and the probabilities of copying.
 
-    Every array has a row for each target, so that losses can be computed chunk by chunk.
+    Every array has a row for each target, so that losses can be computed in chunks.
 
     Attributes:
         x_BLD: hidden states, which the logits are computed from.

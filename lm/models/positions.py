@@ -126,13 +126,13 @@ def position_bias(
         bidirectional: keys after the query are visible.
         n_queries: number of queries L.
         n_keys: number of keys S.
-        offset: index of the first query among the keys, which each row may have of its own.
-        whole: the queries are the whole text, none being in a cache.
+        offset: index of the first query among the keys, which may differ between rows.
+        whole: the queries are the whole text; nothing is cached.
 
     Returns:
-        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; of rows with offsets
-        of their own by distance from 1 - S to L - 1. Of "disentangled" positions the table [R, D];
-        with `relative_per_layer` the distances, for `layer_bias`.
+        The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; if offsets differ
+        between rows, by distance from 1 - S to L - 1. For "disentangled" positions the table
+        [R, D]; with `relative_per_layer` the distances, for `layer_bias`.
     """
     if config.positions == "disentangled":
         from lm.models.disentangled_attention import RelativeTable

@@ -180,6 +180,6 @@ def _label_problem(labels: tuple[str, ...], n_classes: int) -> str:
         return f"{len(labels)} classes for --config.model.n_classes={n_classes} outputs"
     if not labels and n_classes > 1:
         return (
-            f"name the classes of --config.model.n_classes={n_classes}: without, a number is learnt"
+            f"name the classes of --config.model.n_classes={n_classes}: without, it is regression"
         )
     return ""

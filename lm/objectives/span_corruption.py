@@ -199,7 +199,7 @@ class SpanCorruption(Corruption):
         room = self.length - longest
         if longest and room < 3:
             raise UserError(
-                f"--config.data.sequence_length={self.length} leaves no room beside a prefix of "
+                f"--config.data.sequence_length={self.length} leaves no room after a prefix of "
                 f"--config.objective.denoisers: use at least {longest + 3}"
             )
         n_raw = min(denoiser.lengths(room)[0] for denoiser in self.denoisers)

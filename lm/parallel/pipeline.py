@@ -208,7 +208,7 @@ def run_pipeline(
         return _constrain_stages(mesh, a.reshape(S, -1, J, *a.shape[1:]).swapaxes(1, 2), 2)
 
     stream = jax.tree.map(to_stream, (x, per_row))
-    # Idle stages start with rows of their own, because zeros might give NaN.
+    # Idle stages start with real rows, because zeros might give NaN.
     present = jax.tree.map(lambda a: a[:, 0], stream)
     iterations = jnp.arange(schedule.iterations)
     ((xs, _), _), reports = lax.scan(iteration, (stream, present), iterations)

@@ -103,7 +103,7 @@ class Server:
         model = self.models.get(name)
         if model is None:
             near = nearest(name, self.models)
-            message = f"there is no model {name[:200]!r}{near}"
+            message = f"unknown model {name[:200]!r}{near}"
             raise ApiError(404, message, "model", "model_not_found")
         return name, model
 

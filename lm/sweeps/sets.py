@@ -72,7 +72,7 @@ def choice(*values: Any) -> Distribution:
 
 
 def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
-    """Return sets by names made of the keys in which they differ: `d_model=64,learning_rate=0.01`.
+    """Return sets by name: the keys in which they differ, `d_model=64,learning_rate=0.01`.
 
     Raises:
         UserError: Two different sets would have the same name.

@@ -63,7 +63,7 @@ def text_table(
         columns: Column titles; no header if empty.
         right: Indices of right-aligned columns.
     """
-    cells = [[Text(cell) for cell in row] for row in rows]  # in a Text, "[…]" is no markup
+    cells = [[Text(cell) for cell in row] for row in rows]  # in a Text, "[…]" is not markup
     table = Table(box=None, show_header=bool(columns), pad_edge=False, padding=(0, 2, 0, 0))
     for i in range(max(map(len, cells), default=len(columns))):
         title = columns[i] if columns else ""

@@ -54,7 +54,7 @@ def open_trackers(workdir: Path, first_step: int, config: ConfigDict) -> list[Ba
 
 
 class BackgroundTracker:
-    """Tracker in a thread of its own; a failure or hang is reported once and disables it."""
+    """Tracker in a separate thread; a failure or hang is reported once and disables it."""
 
     def __init__(self, name: str, make: Callable[[], Tracker]):
         """Start the thread, which creates the tracker with `make`.
@@ -107,7 +107,7 @@ class BackgroundTracker:
     def _fail(self, problem: str) -> None:
         if not self._failed:
             self._failed = True
-            line = f"{self._name} fails ({problem}): training goes on without it"
+            line = f"{self._name} fails ({problem}): training continues without it"
             tqdm.write(line, file=sys.stderr)
 
 

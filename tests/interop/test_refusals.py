@@ -301,7 +301,7 @@ def test_an_electra_of_another_kind_is_refused(make_theirs, tmp_path, values, ex
 def test_a_roberta_without_a_padding_id_is_refused(make_theirs, tmp_path, pad):
     folder = shutil.copytree(make_theirs("roberta")[1], tmp_path / "roberta")
     set_config(folder, pad_token_id=pad)
-    with pytest.raises(UserError, match=f"config.json: pad_token_id={pad} is no id of its 96"):
+    with pytest.raises(UserError, match=f"config.json: pad_token_id={pad} is not an id of its 96"):
         huggingface.load(folder)
 
 

@@ -70,7 +70,7 @@ def finish(*processes: subprocess.Popen, code: int = 0) -> list[str]:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """The training loss at every step; a step that is there twice is an error."""
+    """Return the training loss of every step; a repeated step is an error."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
     assert len(steps) == len(set(steps)), "a step was written twice"

@@ -71,7 +71,7 @@ def test_a_tracker_that_fails_is_said_once(capsys):
     tracker.close()
     assert broken.taken == [1, 2, "closed"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Mine fails ([Errno 28] No space left on device): training goes on" in line
+    assert "Mine fails ([Errno 28] No space left on device): training continues" in line
 
 
 @pytest.mark.parametrize("rows", [2, 1000])

@@ -98,7 +98,7 @@ def test_cost_counts_the_tokens_of_the_ramps(ramped_config):
         ({"data.batch_ramp": "0: 2; 6: 4"}, "the last size must be --config.data.batch_size=8"),
         ({"data.batch_ramp": "0: 9; 6: 8"}, "9 is not 1 to --config.data.batch_size=8"),
         ({"data.length_ramp": ";"}, "the last size must be --config.data.sequence_length=16"),
-        ({"train.steps_per_dispatch": 4}, "step 2 is no multiple of --config.train.steps_per_d"),
+        ({"train.steps_per_dispatch": 4}, "step 2 is not a multiple of --config.train.steps_"),
         ({"train.microbatches": 4}, "2 rows are not divisible by --config.train.microbatches=4"),
         ({"objective.name": "prefix"}, "length_ramp is not for --config.objective.name=prefix"),
         ({"data.order": "contiguous"}, "is not for --config.data.order=contiguous"),

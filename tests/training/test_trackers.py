@@ -109,7 +109,7 @@ def test_a_tracker_that_raises_is_one_line(name, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tracker_packages, "_package", raises)
     lines = lines_of(name, tmp_path, capsys)
-    assert lines == f"{name} fails (no network): training goes on without it\n"
+    assert lines == f"{name} fails (no network): training continues without it\n"
 
 
 def lines_of(name, workdir, capsys):

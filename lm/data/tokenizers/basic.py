@@ -101,7 +101,7 @@ def _code_points(text: str) -> np.ndarray:
 class WordTokenizer(Tokenizer):
     """Tokenizer of whitespace-separated words; `<eos>` ends a line, `<unk>` is any unknown word.
 
-    There is no bos, and the last newline of a document is its eos, so that a text file has its
+    There is no bos, and a document's last newline is its eos, so that a text file has its
     published number of tokens (WikiText-2: 2,088,628). Sequences that need a start token use eos.
 
     Attributes:

@@ -158,7 +158,7 @@ class LstmEncoderDecoder(Recurrent):
 
     Each layer of the decoder starts from the final state of that layer of the encoder. The
     decoder's outputs h attend to the encoder's by dot products, and logits are computed from
-    tanh(W [h; context]). The context is no input of the next step, so that in training attention
+    tanh(W [h; context]). The context is not part of the next input, so that in training attention
     is computed for all steps at once. With `config.bidirectional` the encoder reads both ways; with
     `config.copy` hidden states are a `CopyState` (`lm/models/copying.py`).
     """

@@ -100,7 +100,7 @@ class CostModel:
         Args:
             sizes: Sizes of the mesh axes.
             schedule: Pipeline schedule.
-            settings: Settings beside the mesh.
+            settings: Settings besides the mesh.
             bandwidth: Returns bytes/s of a device along some mesh axes; None: those of one link.
 
         Raises:

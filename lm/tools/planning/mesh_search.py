@@ -338,7 +338,7 @@ class _Pool:
         if not limit:
             return
         if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1":  # JAX's default
-            # Inherited by the processes: a candidate that does not fit is no warning here.
+            # Inherited by the processes: a candidate that does not fit needs no warning here.
             os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
         given = dict(flatten(self.config))
         plugins = SCHEMA.plugins(), self.config.to_dict()

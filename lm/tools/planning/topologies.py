@@ -90,7 +90,7 @@ def kind_and_shape(name: str) -> str:
     devices (8xh100, h100:8, h100-8, 2x8xh100), at most eight per host.
 
     Raises:
-        UserError: There is no slice, and no number of hosts of eight, of that size.
+        UserError: There is no slice of that size, nor a whole number of hosts of eight.
     """
     text = re.sub(r"\s", "", re.sub(r"\s+(?=\d)", "-", name.strip().lower()))
     text = text.replace("×", "x").replace("_", "-")
