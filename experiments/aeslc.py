@@ -5,8 +5,11 @@
 | Transformer-base from scratch (PEGASUS paper) | 15.04 / 7.39 / 14.93    |
 | PEGASUS-base, pretrained                      | 34.85 / 18.94 / 34.10   |
 
-3 + 3 layers, d 192, rotary positions, by Muon; 8,000 pieces of the training text, a mail is cut
-after 127. ROUGE is with stemming, as in PEGASUS's evaluation. Ours: see RESULTS.md.
+`small`: 3 + 3 layers, d 192, rotary positions, by Muon; 8,000 pieces of the training text, a mail
+is cut after 127. `copy`, a third of its work a step: a pointer-generator (See et al. 2017) of 2 + 1
+layers, d 128; 4,000 pieces of lower-cased text, so that a word of the mail is copied whatever its
+case in the subject; mails of up to 191 pieces, short ones packed. ROUGE is with stemming, as in
+PEGASUS's evaluation, and ignores case. Ours: see RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/aeslc.py --workdir runs/aeslc
     LM_DATA_DIR=DIR lm eval --workdir runs/aeslc --best --task --split test
@@ -14,11 +17,11 @@ after 127. ROUGE is with stemming, as in PEGASUS's evaluation. Ours: see RESULTS
 
 from lm.config import choose, default
 
-VARIANTS = ("small",)
+VARIANTS = {"small": False, "copy": True}
 
 
 def get_config(variant="small"):
-    choose(dict.fromkeys(VARIANTS), variant)
+    copies = choose(VARIANTS, variant)
     config = default()
 
     model = config.model
@@ -55,4 +58,13 @@ def get_config(variant="small"):
     config.log.tensorboard = False
     config.decode.beam_size, config.decode.length_penalty = 4, 0.6
     config.decode.max_length = 24
+    if copies:
+        model.copy, data.lowercase = True, True
+        model.n_layers, model.n_decoder_layers = 2, 1
+        model.d_model, model.n_heads, model.d_ff = 128, 4, 256
+        model.init_std, model.dropout = 128**-0.5, 0.15
+        config.objective.label_smoothing = 0.0  # it would weigh the tokens that no source has
+        data.tokenizer_vocab_size = 4000
+        data.sequence_length, data.batch_size = 192, 12
+        config.train.loss_chunk, config.schedule.warmup_steps = 0, 200
     return config

@@ -35,6 +35,7 @@ spoken-digits) # needs espeak-ng
     train spoken_digits.py && score --best
     ;;
 aeslc) train aeslc.py && score --best ;;
+aeslc-copy) train aeslc.py:copy && score --best ;;
 wikitext2-lstm | wikitext2-transformer)
     train "wikitext2.py:${name#*-}" && validate --best --split test && report
     ;;
