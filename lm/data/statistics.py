@@ -122,6 +122,8 @@ def _of_records(
     columns = list(store.manifest.n_tokens)
     lengths = {column: store.lengths(column) for column in columns}
     sizes = {"tokens": store.n_tokens, "records": len(store)} | _of_turns(store)
+    for column in store.manifest.features:
+        sizes[f"frames of {column}"] = int(store.lengths(column).sum())
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for i in _choose(len(store), _DOCUMENTS, rng).tolist():
         for found in store[i].tokens.values():

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from lm.data.audio.audio_inputs import read_features
+from lm.data.audio.waveform import is_there
 from lm.data.file_digests import hash_files
 from lm.data.files import resolve_file
 from lm.data.record_store import EncodedRecord, RecordEncoder
@@ -59,7 +58,7 @@ class Recordings(Records):
             name = field_value(row.values, columns.get("audio", "audio"))
             if isinstance(name, str) and "\0" not in name:
                 path = self.place(name)
-                files += [path] if not isinstance(path, Path) or os.path.isfile(path) else []
+                files += [path] if is_there(path) else []
         return self.source.digest_with(repr((self._settings, hash_files(files, "recordings"))))
 
     @property

@@ -41,7 +41,7 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
         import soundfile
     except ImportError as error:
         raise missing_package("reading audio", "soundfile", "audio") from error
-    if isinstance(path, Path) and not os.path.isfile(path):
+    if not is_there(path):
         raise BadRow(f"no file {path}")
     try:
         with raw_file(path) as file, soundfile.SoundFile(file) as sound:
@@ -52,6 +52,15 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
     except OSError as error:
         raise BadRow(f"{path}: cannot be read ({error.strerror})") from error
     return samples
+
+
+def is_there(path: Any) -> bool:
+    """Return whether there is a file at a `Path` or `UPath`."""
+    if isinstance(path, Path):
+        return os.path.isfile(path)
+    from lm.data.remote import remote_exists
+
+    return remote_exists(path)
 
 
 def _read(sound: Any, path: Any, max_seconds: float) -> np.ndarray:
