@@ -6,7 +6,7 @@ It needs the program espeak-ng (`apt install espeak-ng`) and the extra `audio`. 
 of English with a variant of the speaker (`espeak-ng --voices=variant`). Speakers of validation and
 test are never heard in training: whole families of variants are held out, such as steph, steph2 and
 steph3. Speed, pitch, loudness and noise are drawn for each sequence. Writes OUT/SPLIT/N.flac and
-OUT/SPLIT/metadata.csv, which the source audio:OUT/SPLIT reads.
+OUT/SPLIT/metadata.csv, which the source audio:OUT/SPLIT reads; one_digit.csv has the rows of one.
 """
 
 from __future__ import annotations
@@ -103,8 +103,12 @@ def write_split(folder: Path, split: str, n: int, seed: int) -> None:
     folder.mkdir(parents=True)
     with Pool() as pool:
         rows: Sequence = pool.map(partial(speak, folder, split, seed), range(n), chunksize=16)
-    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file_name", "target", "voice", "noise"), *rows])
+    for name, chosen in (
+        ("metadata", rows),
+        ("one_digit", [row for row in rows if row[1] in DIGITS]),
+    ):
+        with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file_name", "target", "voice", "noise"), *chosen])
 
 
 def main() -> None:
