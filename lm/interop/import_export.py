@@ -41,7 +41,7 @@ from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import load_tokenizer, mean_params, require_empty, saved_checkpoints
-from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config
+from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 
@@ -91,7 +91,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer:
             tokenizer.save(workdir / "tokenizer")
-        write_atomically(workdir / RUN_FILE, json.dumps(metadata, indent=1))
+        stated = metadata | {"model_type": found.family.model_type}
+        write_atomically(workdir / RUN_FILE, json.dumps(stated, indent=1))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
     checkpoints.save(0, TrainState(step, {}, {}, {}).with_inference_params(params))
     checkpoints.close()
@@ -122,6 +123,8 @@ def run_config(found: ModelFolder) -> ConfigDict:
     is_tagger = "tags" in found.heads or found.heads == {"classes"}
     if "classes" in found.heads or "tags" in found.heads:
         of_tokens = found.family.model == "encoder" and is_tagger
+        if of_tokens and found.config.n_classes == 1:
+            raise UserError("a classifier of tokens with a single class has nothing to tell apart")
         config.objective.name = "token_classification" if of_tokens else "classification"
         if not of_tokens:
             _check_problem_type(found)
@@ -185,6 +188,7 @@ class ReadRun:
         params: parameters with LoRA updates and muP's multipliers merged.
         tokenizer: its tokenizer, or None.
         steps: steps of the checkpoints whose parameters were averaged.
+        model_type: architecture of `transformers` from which the run was imported; None otherwise.
     """
 
     config: ConfigDict
@@ -192,19 +196,13 @@ class ReadRun:
     params: Params
     tokenizer: Tokenizer | None
     steps: str
+    model_type: str | None
 
     @property
     def plain_tokenizer(self) -> Tokenizer | None:
         """Tokenizer without added tokens."""
         found = self.tokenizer
         return found.base if isinstance(found, ExtendedTokenizer) else found
-
-    @property
-    def model_type(self) -> str | None:
-        """Architecture of `transformers` from which the run was imported."""
-        plain = self.plain_tokenizer
-        stated = plain.stated(CONFIG) if isinstance(plain, FolderTokenizer) else None
-        return (stated or {}).get("model_type")
 
 
 def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun:
@@ -220,7 +218,15 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
         log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))
     model = make_model(config, "xla", "gather")
-    return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)))
+    kind = (read_run_metadata(workdir) or {}).get("model_type") or _stated_type(tokenizer)
+    return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)), kind)
+
+
+def _stated_type(tokenizer: Tokenizer | None) -> str | None:
+    """Return the architecture of the folder that a tokenizer came from."""
+    plain = tokenizer.base if isinstance(tokenizer, ExtendedTokenizer) else tokenizer
+    stated = plain.stated(CONFIG) if isinstance(plain, FolderTokenizer) else None
+    return (stated or {}).get("model_type")
 
 
 def export_run(

@@ -237,10 +237,12 @@ def test_without_a_tokenizer_a_model_is_imported_but_not_used_with_another(
     make_theirs, tmp_path, capsys
 ):
     workdir = tmp_path / "run"
-    words = ["import", "--from", str(make_theirs("gpt2")[1]), "--workdir", str(workdir)]
+    words = ["import", "--from", str(make_theirs("mistral")[1]), "--workdir", str(workdir)]
     assert main(words) == 0
     assert "no tokenizer came with it" in capsys.readouterr().err
     assert main(["generate", "--workdir", str(workdir), "--prompt", "a"]) == 2
     assert "no intact tokenizer" in capsys.readouterr().err
     assert main(words) == 2
     assert "is not an empty folder" in capsys.readouterr().err
+    assert main(["export", "--workdir", str(workdir), "--to", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "mistral"
