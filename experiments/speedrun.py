@@ -18,7 +18,7 @@ OPTIMIZERS = {  # learning rate, keys of section "optimizer"
     "adamw-ema": (2e-3, {"name": "adamw", "ema": 0.98}),
     "adafactor": (8e-2, {"name": "adafactor"}),
     "lion": (5e-4, {"name": "lion"}),
-    "sgd": (0.5, {"name": "sgd"}),
+    "sgd": (0.25, {"name": "sgd"}),
     "ademamix": (1e-3, {"name": "ademamix", "ademamix.b3": 0.999, "ademamix.rise_steps": 400}),
     "schedule-free": (2e-3, {"name": "schedule_free", "schedule_free.b2": 0.95}),
     "soap": (4e-3, {"name": "soap", "soap.max_dim": 512}),
