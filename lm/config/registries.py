@@ -19,7 +19,7 @@ _RECORD_FILES = "lm.data.records"
 
 @dataclass(frozen=True)
 class AudioOptions:
-    """Options of recordings."""
+    """Options for recordings."""
 
     n_mels: int = option(
         80,
@@ -229,7 +229,7 @@ class DenoisingOptions:
 
 @dataclass(frozen=True)
 class TranscriptionOptions:
-    """Options of transcription: SpecAugment (Park et al. 2019)."""
+    """Options for transcription: SpecAugment (Park et al. 2019)."""
 
     masks: int = option(
         0,
@@ -625,7 +625,7 @@ class BleuOptions:
 
 @dataclass(frozen=True)
 class WordErrorOptions:
-    """Options of word and character error rate."""
+    """Options for word and character error rate."""
 
     normalize_words: bool = option(
         True,

@@ -97,7 +97,7 @@ def special_tokens(tokenizer: Tokenizer | None) -> SpecialTokens:
 
 
 def target_start(tokenizer: Tokenizer | None, prefix: str = "") -> tuple[int, ...]:
-    """Return the ids that a target follows in a decoder's input: the start token and a prefix.
+    """Return the ids before a target in a decoder's input: the start token and a prefix.
 
     Args:
         tokenizer: tokenizer of the data; None where only shapes matter, and all ids are 0.

@@ -41,14 +41,14 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def input_role(model: nn.Module) -> str:
-    """Return the name of what the model reads: "prompt", "source", or "audio" if it hears."""
+    """Return the kind of the model's input: "prompt", "source" or "audio"."""
     if getattr(model.config, "n_mels", 0):  # type: ignore[attr-defined]
         return "audio"
     return "source" if is_encoder_decoder(model) else "prompt"
 
 
 def require_text_input(model: nn.Module, who: str) -> None:
-    """Raise UserError if the model hears.
+    """Raise UserError if the model takes audio.
 
     Args:
         model: the model.
@@ -115,7 +115,7 @@ def pad_ids(rows: Sequence[TokenIds], width: int, left: bool) -> tuple[np.ndarra
 
 
 def pad_sources(rows: Sequence[TokenIds], model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Return sources padded on the right, and their segment ids [B, S].
+    """Pad sources on the right; return them and their segment ids [B, S].
 
     Args:
         rows: token ids of each source; of a model that hears, log-mel features [F, M].

@@ -19,7 +19,7 @@ from lm.evaluation.scores import single
 def wer(
     predictions: Sequence[str], references: Sequence, normalize_words: bool = True
 ) -> dict[str, float]:
-    """Return the word error rate in percent; above 100 where more is written than was said."""
+    """Return the word error rate in percent; many insertions can exceed 100."""
     found = _measure("process_words", predictions, references, normalize_words)
     return {"wer": 100 * found.wer}
 
@@ -33,7 +33,7 @@ def cer(
 
 
 def normalize_transcript(text: str) -> str:
-    """Return a text in lower case, without punctuation and symbols, with single spaces."""
+    """Normalize to lower case without punctuation or symbols, with single spaces."""
     text = re.sub("[\u2018\u2019\u02bc]", "'", unicodedata.normalize("NFKC", text)).lower()
     kept = (c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text)
     return " ".join("".join(kept).split())

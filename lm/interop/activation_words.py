@@ -1,4 +1,4 @@
-"""Words of `transformers` for activations, in the order in which they are written."""
+"""Names of activations in `transformers`, preferred ones first."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 
 def read_stacks(hf: Values) -> Values:
-    """Return the fields of config.json that BART and Whisper share."""
+    """Read the fields of config.json shared by BART and Whisper."""
     require_equal(
         hf,
         decoder_attention_heads=hf["encoder_attention_heads"],
@@ -82,7 +82,7 @@ def read_stacks(hf: Values) -> Values:
 
 
 def write_stacks(config: TransformerConfig) -> Values:
-    """Return the values of config.json that BART and Whisper share."""
+    """Write the values of config.json shared by BART and Whisper."""
     return {
         "decoder_layers": config.n_decoder_layers or config.n_layers,
         "decoder_attention_heads": config.n_heads,

@@ -1,4 +1,4 @@
-"""Values that configuration classes of `transformers` 5 have where config.json has none.
+"""Defaults of `transformers` 5 configuration classes for keys missing in config.json.
 
 By `model_type`; what is missing here is null or false there, or follows from other values.
 """

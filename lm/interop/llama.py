@@ -106,7 +106,7 @@ def read_windows(hf: Values, types: Sequence[str]) -> Values:
 
 
 def every_nth(marked: Sequence[bool], every: str, layers: str) -> Values:
-    """Return which layers are marked: the field `every` if each n-th is, 0: none; else `layers`."""
+    """Return the field `every` if every n-th layer is marked (0: none), else `layers`."""
     numbers = tuple(i for i, is_marked in enumerate(marked) if is_marked)
     n = numbers[0] + 1 if numbers else len(marked) + 1
     if numbers != tuple(range(n - 1, len(marked), n)):
@@ -115,7 +115,7 @@ def every_nth(marked: Sequence[bool], every: str, layers: str) -> Values:
 
 
 def has_rope(hf: Values) -> list[bool]:
-    """Return the layers with positions; `no_rope_layers` has a 0 for each of the others."""
+    """Return which layers have positions; `no_rope_layers` has 0 for all others."""
     n_layers = read_size(hf, "num_hidden_layers")
     every = read_size(hf, "no_rope_layer_interval") or n_layers + 1
     found = hf.get("no_rope_layers") or [(i + 1) % every for i in range(n_layers)]
@@ -130,7 +130,7 @@ def read_nope(hf: Values) -> Values:
 
 
 def write_nope(config: TransformerConfig) -> list[int]:
-    """Return `no_rope_layers` of config.json."""
+    """Return `no_rope_layers` for config.json."""
     return [int(not nope) for nope in nope_layers(config, config.n_layers)]
 
 

@@ -73,10 +73,10 @@ def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
 
 
 def forced_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Return the tokens that a folder forces after the start of a target (Whisper).
+    """Return the tokens that a folder forces at the start of a target (Whisper).
 
-    They are none unless `forced_decoder_ids` of generation_config.json or config.json has one for
-    each place from 1.
+    Empty unless `forced_decoder_ids` of generation_config.json or config.json has an id for every
+    place from 1.
     """
     if not isinstance(tokenizer, FolderTokenizer):
         return []
@@ -92,7 +92,7 @@ def forced_tokens(tokenizer: Tokenizer) -> list[str]:
 
 
 def _are_pairs(forced: list[Any]) -> bool:
-    """Return whether all entries are a place and an id."""
+    """Return whether all entries are (place, id) pairs."""
     return all(
         isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and i >= 0 for i in pair)
         for pair in forced

@@ -1,9 +1,9 @@
 """Whisper (Radford et al. 2022): `WhisperForConditionalGeneration`.
 
-The encoder's positions are a tensor of the file, always the same sinusoids. Not read are values
-without effect on what a trained model computes: scale_embedding, layer drop, SpecAugment and the
-classifier's. If the folder has settings of a feature extractor, they must be those of the paper:
-16 kHz, windows of 400 samples every 160, and as many frames as the encoder reads.
+The encoder's positions are a tensor of the file, always the same sinusoids. Values without effect
+on a trained model are ignored: scale_embedding, layer drop, SpecAugment and the classifier's. A
+feature extractor in the folder must have the settings of the paper: 16 kHz, windows of 400 samples
+every 160, and the number of frames that the encoder reads.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _read(hf: Values) -> Values:
 
 
 def _write(config: TransformerConfig) -> Values:
-    # The default id of padding is beyond the table of a small vocabulary.
+    # The default padding id exceeds a small vocabulary.
     return write_stacks(config) | {
         "tie_word_embeddings": config.tie_embeddings,
         "pad_token_id": None,
@@ -70,7 +70,7 @@ def _positions(config: TransformerConfig) -> np.ndarray:
 
 
 def _preprocessor(config: TransformerConfig) -> Values:
-    """Return the settings of features, of audio that fills the encoder's positions."""
+    """Return the feature extractor's settings, for audio that fills the encoder's positions."""
     n_frames = STRIDE * config.max_source_length
     seconds, rest = divmod(n_frames * HOP, SAMPLE_RATE)
     return {

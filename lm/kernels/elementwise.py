@@ -69,7 +69,7 @@ _UNGATED = dict.fromkeys(GATED, "gelu_tanh") | {"geglu_erf": "gelu_erf", "reglu"
 
 
 def output_activation(name: str, of_layers: str) -> str:
-    """Return the activation before an output layer: `name`, or with "family" that of the layers."""
+    """Return the activation before an output layer: `name`, or the layers' one for "family"."""
     return _UNGATED.get(of_layers, of_layers) if name == "family" else name
 
 

@@ -80,7 +80,7 @@ def attend_to_source(
 
 
 def mixed_logits(logits: Callable[[jax.Array], jax.Array], x_BLD: Any) -> jax.Array:
-    """Return what `logits` computes from hidden states, of a `CopyState` mixed with its copies."""
+    """Return `logits` of hidden states, mixed with the copies of a `CopyState`."""
     if not isinstance(x_BLD, CopyState):
         return logits(x_BLD)
     return mix(logits(x_BLD.x_BLD), x_BLD)

@@ -105,7 +105,7 @@ class EncoderDecoder(Model):
     def _copying(
         self, x_BLD: jax.Array, segments_BL: jax.Array, source: EncodedSource
     ) -> jax.Array | CopyState:
-        """Return the hidden states, with `copy` as a `CopyState`."""
+        """Return the hidden states, as a `CopyState` if `copy` is set."""
         c = self.config
         if not c.copy:
             return x_BLD

@@ -8,13 +8,13 @@ import numpy as np
 
 
 def _layers(numbers: tuple[float, ...], n_layers: int, every: int, first: int = 0) -> np.ndarray:
-    """Return layers by their numbers; without numbers each n-th of those from `first` on."""
+    """Return the numbered layers, or without numbers every n-th from `first` on."""
     i = np.arange(n_layers)
     return np.isin(i, numbers) if numbers else (i >= first) & ((i - first + 1) % every == 0)
 
 
 def global_layers(m: Any, n_layers: int) -> np.ndarray:
-    """Return the layers that see beyond the window, [N] bool.
+    """Return which layers attend beyond the window, [N] bool.
 
     Args:
         m: section "model" of a configuration, or a TransformerConfig.
@@ -27,12 +27,12 @@ def global_layers(m: Any, n_layers: int) -> np.ndarray:
 
 
 def nope_layers(m: Any, n_layers: int) -> np.ndarray:
-    """Return the layers without rotary positions, [N] bool; arguments as of `global_layers`."""
+    """Return which layers have no rotary positions, [N] bool; arguments as in `global_layers`."""
     return _layers(m.nope_layers, n_layers, m.nope_every or n_layers + 1)
 
 
 def expert_layers(m: Any, n_layers: int) -> np.ndarray:
-    """Return the layers with experts, [N] bool; arguments as of `global_layers`."""
+    """Return which layers have experts, [N] bool; arguments as in `global_layers`."""
     if not m.n_experts:
         return np.zeros(n_layers, bool)
     return _layers(m.expert_layers, n_layers, m.experts_every, m.dense_layers)

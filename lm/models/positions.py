@@ -153,7 +153,7 @@ def position_bias(
 
 
 def layer_bias(config: TransformerConfig, inputs: MixerInputs) -> MixerInputs:
-    """Replace distances by the position bias of one layer, inside its module (UMT5)."""
+    """Compute one layer's position bias from distances, inside its module (UMT5)."""
     assert inputs.bias_HLS is not None
     bias = RelativeBias(config, not inputs.mask.causal, name="relative_bias")
     return replace(inputs, bias_HLS=bias(inputs.bias_HLS))

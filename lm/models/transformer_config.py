@@ -213,7 +213,7 @@ class TransformerConfig(
 
     @property
     def attention_biases(self) -> tuple[str, ...]:
-        """Projections of attention that have biases, of "query", "key", "value" and "out"."""
+        """Attention projections with biases, of "query", "key", "value" and "out"."""
         of_model = "all" if self.bias else "none"
         return ATTENTION_BIASES[of_model if self.attention_bias == "same" else self.attention_bias]
 

@@ -1,4 +1,4 @@
-"""Transcription: predict what is said in a recording, one to a row (Radford et al. 2022).
+"""Transcription: predict the transcript of a recording, one per row (Radford et al. 2022).
 
 Shape letters: B batch, S source positions of 20 ms, F = 2 S frames of 10 ms, M mel bins, T target
 length.
@@ -61,7 +61,7 @@ class Transcription(Seq2Seq):
 
     @property
     def n_frames(self) -> int:
-        """Frames of a row, F."""
+        """Number of frames per row, F."""
         return FRAMES_PER_POSITION * self.source_length
 
     @property
@@ -69,7 +69,7 @@ class Transcription(Seq2Seq):
         return {**super().shapes, "source": ((self.n_frames, self.n_mels), "float32")}
 
     def examples(self, store: RecordStore, training: bool) -> HeardRecords:  # type: ignore[override]
-        """Return the recordings, each a row; a transcript that is too long is cut."""
+        """Return one row per recording; transcripts that are too long are cut."""
         self.require_columns(store)
         return HeardRecords(store, training)
 
@@ -91,7 +91,7 @@ class Transcription(Seq2Seq):
         return row
 
     def augment(self, source_FM: np.ndarray, n_heard: int, rng: np.random.Generator) -> None:
-        """Set stretches of the first `n_heard` frames and bands of mel bins to 0, in place."""
+        """Mask spans of the first `n_heard` frames and bands of mel bins with 0, in place."""
         for _ in range(self.masks):
             start, stop = _stretch(n_heard, self.mask_frames, rng)
             source_FM[start:stop] = 0
@@ -113,7 +113,7 @@ class Transcription(Seq2Seq):
 
 @dataclass(frozen=True, eq=False)
 class HeardRecords:
-    """Recordings of a store, and whether they are trained on."""
+    """Recordings of a store, and whether they are used for training."""
 
     store: RecordStore
     training: bool
@@ -126,7 +126,7 @@ class HeardRecords:
 
 
 def _stretch(n: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw start and end of a stretch of up to `most` of n places."""
+    """Draw start and end of a span of up to `most` of n places."""
     width = int(rng.integers(0, min(most, n) + 1))
     start = int(rng.integers(0, n - width + 1))
     return start, start + width
