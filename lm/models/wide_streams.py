@@ -214,7 +214,7 @@ class HyperConnection(nn.Module):
         start_CU = jnp.concatenate([is_read_C1, jnp.eye(C), jnp.ones((C, 1))], axis=1)
         weights_BLCU = (start_CU + learned_CU)[None, None]
         if c.hyper_dynamic:
-            role, names = Role(Kind.ROUTER, c.stream), ("embed", "router")
+            role, names = Role(Kind.ROUTER, c.stream), ("router_inputs", "router")
             project_H = Linear(
                 (c.d_model,), (C + 2,), names, role, False, zeros, c.dtype, name="dynamic"
             )
