@@ -88,6 +88,9 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
     if not model.n_mels:
         return
+    objective = OBJECTIVES.entries[config.objective.name]
+    if "audio" not in objective.columns and not objective.plugin:
+        yield f"--config.model.n_mels is not for --config.objective.name={config.objective.name}"
     if model.positions in ("learned", "sinusoidal") and (model.d_model % 2 or model.d_model < 4):
         yield (
             f"--config.model.d_model={model.d_model} must be even and above 2 for the sinusoidal "

@@ -65,6 +65,14 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "--config.data.sequence_length=8 is longer than --config.model.ma",
         ),
         (
+            {
+                "model.family": "encoder_decoder",
+                "objective.name": "seq2seq",
+                "model.n_mels": "8",
+            },
+            "--config.model.n_mels is not for --config.objective.name=seq2seq",
+        ),
+        (
             {"model.max_length": "8", "data.target_length": "9"},
             "--config.data.target_length=9 is longer than --config.model.max_length=8",
         ),
