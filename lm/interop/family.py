@@ -124,6 +124,7 @@ class Family:
         found: Values = {field: read_size(hf, name) for name, field in self.keys.items()}
         _check_layers(found["n_layers"])
         found = dict(self.fixed) | found | self.read(hf)
+        found |= {n: 0.0 for n, x in found.items() if x is None and n.endswith("dropout")}
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
         _check_types(found)

@@ -278,7 +278,7 @@ def read_common(hf: Values) -> Values:
         "n_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "head_dim": hf.get("head_dim") or 0,
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
-        "attention_dropout": hf.get("attention_dropout") or 0.0,
+        "attention_dropout": hf.get("attention_dropout", 0.0),
         "activation": lm_word(hf, "hidden_act", GATED_ACTIVATIONS, "silu"),
         "tie_embeddings": hf.get("tie_word_embeddings", False),
     }
