@@ -99,7 +99,8 @@ def _write_later(config: TransformerConfig) -> Values:
         raise UnsupportedConfig(f"model.n_heads={config.n_heads}")
     return _write(config) | {
         "layer_types": config_layer_types(config),
-        "sliding_window": config.window or None,
+        # transformers makes the mask of windows even where no layer has it.
+        "sliding_window": config.window or 4096,
         "query_pre_attn_scalar": round(scalar),
         "attn_logit_softcapping": config.attention_softcap or None,
         "final_logit_softcapping": config.logit_softcap or None,

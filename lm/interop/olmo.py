@@ -50,7 +50,8 @@ def _read_olmo3(hf: Values) -> Values:
 
 def _write_olmo3(config: TransformerConfig) -> Values:
     plain = {key: value for key, value in _write(config).items() if not key.startswith("rope_")}
-    windows = {"sliding_window": config.window or None, "layer_types": config_layer_types(config)}
+    # transformers makes the mask of windows even where no layer has it.
+    windows = {"sliding_window": config.window or 4096, "layer_types": config_layer_types(config)}
     return plain | write_layer_rope(config) | windows
 
 

@@ -196,6 +196,7 @@ DECODERS = {
     ),
     "gemma": ("GemmaForCausalLM", GEMMA),
     "gemma2": ("Gemma2ForCausalLM", GEMMA2),
+    "gemma2-global": ("Gemma2ForCausalLM", GEMMA2 | {"layer_types": ["full_attention"] * 3}),
     "gemma3": ("Gemma3ForCausalLM", GEMMA3),
     "gemma3-local-biases": (
         "Gemma3ForCausalLM",
