@@ -21,7 +21,7 @@ from lm.tools.planning.topologies import interconnect, kind_and_shape, target_co
         ("v5p", 1, "write KIND:SHAPE or its usual name, such as v5p:4x4x4"),
         ("2xv5e-16", 1, "did you mean v5e.*v5litepod-256"),
         ("v5p:4x0x4", 1, "write KIND:SHAPE"),
-        ("v9:2x2", 1, "unknown chip 'v9'.*there are v4, v5e, v5p"),
+        ("v9:2x2", 1, "unknown chip 'v9'.*known: v4, v5e, v5p"),
         ("h10:1x8", 1, "did you mean h100"),
         ("cpu:2x2", 1, "simulated as cpu:8"),
         ("cpu:2", 2, "without --slices"),
