@@ -1,8 +1,8 @@
 """Residual streams beside the plain sum: hyper-connections and value residuals, on stdlib.
 
-Zhu et al. 2024 (arXiv 2409.19606; in Table 1 the best of OLMo-1B has four dynamic streams) and Zhou
-et al. 2024 (ResFormer, arXiv 2410.17897), each alone and both together, as trials of the code: the
-model of stdlib.py:tiny, a quarter of a minute of one core, too small and short to rank them.
+Zhu et al. 2024 (arXiv 2409.19606) and Zhou et al. 2024
+(ResFormer, arXiv 2410.17897), each alone and both together, as trials of the code: the model is
+small and the 200 steps, about 40 seconds of a core, are too few to rank them.
 
     lm train --config experiments/residuals.py:hyper --workdir runs/hyper
 """
