@@ -21,6 +21,7 @@ def get_config():
     model.positions, model.max_length = "learned", 16
     model.attention_bias, model.activation = "no_key", "gelu_erf"
     model.n_mels = 40
+    model.init = "fan_in"  # of 0.02 the features would be lost beside the encoder's positions
 
     config.objective.name = "transcription"
     config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 1, 20, 8
