@@ -31,7 +31,8 @@ RESET = (
     *("paper", "data.columns", "data.header", "data.test_source", "data.tokenizer_vocab_size"),
     *("data.bad_rows", "init.from", "init.fresh", "init.leave", "init.rename", "init.vectors"),
     *("eval.every_steps", "eval.max_batches", "eval.metrics", "eval.best", "decode.beam_size"),
-    *("schedule.decay_steps", "data.documents", "data.validation_source"),
+    *("schedule.decay_steps", "data.documents", "data.validation_source", "data.weights"),
+    *("data.schedule", "data.epochs"),
 )
 SOURCES = {  # by objective; documents elsewhere
     "seq2seq": "parallel:{}/numbers.en|{}/numbers.de",
