@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 from jax.stages import Compiled, Lowered
 
+from lm.errors import UserError
 from lm.experiment import Experiment
 from lm.tools.planning.described_device import kernels_for
 from lm.tools.planning.hlo import FREE, Instruction, Module, Shape, parse_hlo
@@ -110,6 +111,9 @@ def compile_lowered(
         lowered: program.
         experiment: experiment on described devices.
         start: `time.monotonic` at the start of lowering.
+
+    Raises:
+        UserError: the compiler rejects the program for another reason than its memory.
     """
     try:
         with warnings.catch_warnings():
@@ -118,7 +122,9 @@ def compile_lowered(
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            platform = experiment.mesh.devices.flat[0].platform
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the {platform} compiler rejects the program: {reason}") from error
         found = read_out_of_memory(str(error), time.monotonic() - start)
         return found if found.largest else replace(found, largest=_dumped_arrays(lowered))
     return program_of(compiled, experiment, time.monotonic() - start)

@@ -14,9 +14,10 @@ import jax
 import pytest
 
 from lm.data.batches import to_device
+from lm.errors import UserError
 from lm.experiment import build, build_with_data
 from lm.tools.planning.plan import make_plan
-from lm.tools.planning.program import lower, read_out_of_memory
+from lm.tools.planning.program import compile_lowered, lower, read_out_of_memory
 from lm.tools.planning.topologies import topology
 
 
@@ -115,6 +116,18 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     )
     found = read_out_of_memory(SHORT, 1.0)
     assert (found.total, found.capacity) == (int(16.7 * GIB), 15.75 * GIB)
+
+
+def test_a_program_that_the_compiler_rejects_is_one_line(tiny_config):
+    """XLA:GPU finds no tiles for some products, such as those of 1,500 rows on an H100."""
+
+    class Rejected:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no tile sizes\nat hlo.cc:1")
+
+    experiment = build(tiny_config(), topology("cpu:8").devices)
+    with pytest.raises(UserError, match=r"^the cpu compiler rejects the program: INTERNAL: .*s$"):
+        compile_lowered(Rejected(), experiment, 0.0)
 
 
 def test_parameters_and_optimizer_state_are_among_the_largest_arrays(tiny_config):
