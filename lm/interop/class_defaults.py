@@ -207,15 +207,15 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
     "qwen2_moe": _QWEN_MOE
     | {"intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16}
     | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
-    | {"num_experts_per_tok": 4, "num_experts": 60, "qkv_bias": True},
+    | {"num_experts_per_tok": 4, "qkv_bias": True},
     "qwen3_moe": _QWEN_MOE
     | {"intermediate_size": 6144, "num_key_value_heads": 4, "moe_intermediate_size": 768}
-    | {"num_experts_per_tok": 8, "num_experts": 128},
+    | {"num_experts_per_tok": 8},
     "olmo2": _OLMO,
     "olmo3": _OLMO | {"sliding_window": 4096},
     "olmoe": _OLMO
     | {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16}
-    | {"num_attention_heads": 16, "max_position_embeddings": 4096, "num_experts": 64}
+    | {"num_attention_heads": 16, "max_position_embeddings": 4096}
     | {"num_experts_per_tok": 8, "router_aux_loss_coef": 0.01, "norm_topk_prob": False},
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,

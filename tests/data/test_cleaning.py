@@ -102,7 +102,7 @@ def test_left_overs_are_listed_and_then_removed(tmp_path, capsys):
     assert set(found) == {str(folder) for folder in folders}
     assert all(row["removed"] and row["bytes"] == 8 for row in found.values())
     assert not any(folder.exists() for folder in folders)
-    assert "nothing" in clean(capsys, word)
+    assert "no unneeded folders" in clean(capsys, word)
 
 
 def test_stores_of_a_changed_source_are_not_needed(built, capsys):
@@ -181,4 +181,6 @@ def test_what_cannot_be_cleaned_is_one_line(tmp_path, capsys):
     err = clean(capsys, "--config.data.cache_directory=gs://bucket/cache", code=2)
     assert "gs://bucket/cache/stores" in err
     clean(capsys, "--config", tmp_path / "none.py", code=2)
-    assert "nothing" in clean(capsys, f"--config.data.cache_directory={tmp_path / 'none'}")
+    assert "no unneeded folders" in clean(
+        capsys, f"--config.data.cache_directory={tmp_path / 'none'}"
+    )

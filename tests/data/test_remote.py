@@ -86,7 +86,7 @@ def test_a_server_without_ranges_that_lists_its_files(make_data, folder, monkeyp
         away = _chunks(f"jsonl:{url}/f.json*", make_data())
         assert away == _chunks(f"jsonl:{folder}/f.json*", make_data())
         assert len(away) > 400
-        with pytest.raises(UserError, match="no ranges"):
+        with pytest.raises(UserError, match="no range requests"):
             _chunks(f"parquet:{url}/f.parquet", make_data())
 
 
@@ -187,8 +187,8 @@ def test_a_bucket_of_google(make_data, folder):
         for spec, words in {
             f"text:{address}/b/*.txt": "no file matches",
             f"text:{address}/a": "is a folder",
-            "text:gs://elsewhere/*.txt": "no bucket 'elsewhere'",
-            "text:gs://elsewhere/x.txt": "no bucket 'elsewhere'",
+            "text:gs://elsewhere/*.txt": "bucket 'elsewhere' does not exist",
+            "text:gs://elsewhere/x.txt": "bucket 'elsewhere' does not exist",
         }.items():
             with pytest.raises(UserError, match=words):
                 open_corpus(spec, make_data(), "train")
@@ -224,7 +224,7 @@ def test_a_bucket_of_amazon(make_data, folder, monkeypatch):
         for spec, words in {
             "text:s3://corpora/b/*.txt": "no file matches",
             "text:s3://corpora/a": "is a folder",
-            "text:s3://elsewhere/*.txt": "no bucket 'elsewhere'",
+            "text:s3://elsewhere/*.txt": "bucket 'elsewhere' does not exist",
         }.items():
             with pytest.raises(UserError, match=words):
                 open_corpus(spec, make_data(), "train")

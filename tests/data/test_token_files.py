@@ -187,7 +187,7 @@ def test_wrong_token_files_are_one_line(token_data, tmp_path, content, changes, 
     ("damage", "words"),
     [
         (lambda index, tokens: (index[:-1], tokens), "cut or damaged"),
-        (lambda index, tokens: (index[:20], tokens), "or cut"),
+        (lambda index, tokens: (index[:20], tokens), "or truncated"),
         (lambda index, tokens: (b"x" * 99, tokens), "not an index of Megatron"),
         (lambda index, tokens: (b"TNTIDX\0\0" + index, tokens), "old kind"),
         (lambda index, tokens: (index, tokens[:-2]), r"m\.bin: has 4 bytes, but m\.idx is of 6"),

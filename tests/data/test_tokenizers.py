@@ -254,9 +254,9 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
     assert first.vocab_size == 600
     trained = []
 
-    def train(texts, vocab_size):
+    def train(texts, vocab_size, lowercase):
         trained.append(vocab_size)
-        return train_sentencepiece(texts, vocab_size)
+        return train_sentencepiece(texts, vocab_size, lowercase)
 
     monkeypatch.setattr(lm.data.tokenizers.sentencepiece, "train_sentencepiece", train)
     again = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))

@@ -96,4 +96,4 @@ def test_a_damaged_manifest_is_a_line(opened, capsys, content):
 def test_without_a_store_a_line_says_so(tmp_path, capsys):
     code, out, _ = verify(capsys, f"--config.data.cache_directory={tmp_path}")
     assert code == 0
-    assert "no store yet" in out
+    assert "no stores yet" in out

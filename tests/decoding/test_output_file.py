@@ -74,7 +74,7 @@ def test_what_another_command_made_is_left_alone(output):
     with pytest.raises(UserError, match=r"out\.txt\.json is damaged"):
         run(output)
     about.unlink()
-    with pytest.raises(UserError, match=r"out\.txt\.json is not: delete"):
+    with pytest.raises(UserError, match=r"out\.txt\.json does not: delete"):
         run(output)
     assert output.read_text() == "A\nB\n\nD\n"
 

@@ -325,7 +325,7 @@ def test_lm_score_continues_its_output(make, tmp_path, capsys):
         ('{"continuations": [1]}', "must be texts"),
         ('{"continuations": []}', "no list of texts"),
         ("{", "not valid JSON"),
-        ('{"continuations": ["\\ud800"]}', "surrogate pair"),
+        ('{"continuations": ["\\ud800"]}', "lone surrogate"),
     ],
 )
 def test_a_bad_line_of_lm_score_is_named(make, line, message, tmp_path, capsys):
@@ -426,4 +426,4 @@ def test_chat_templates_make_the_prompts_of_lm_evals_own_model(make, task, tmp_p
     assert main([*words, "--harness", "words_choice"]) == 2
     assert "has no chat template" in capsys.readouterr().err
     assert main(words) == 2
-    assert "is of --harness" in capsys.readouterr().err
+    assert "needs --harness" in capsys.readouterr().err

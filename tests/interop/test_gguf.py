@@ -142,4 +142,4 @@ def test_a_tokenizer_of_bytes_is_refused(tmp_path, capsys, one_device):
     run = random_run(tmp_path / "run", values, ByteTokenizer())
     words = ["export", "--workdir", str(run), "--to", str(tmp_path / "to"), "--format", "gguf"]
     assert main(words) == 2
-    assert "GGUF has no byte tokenizer" in capsys.readouterr().err
+    assert "GGUF does not support a byte tokenizer" in capsys.readouterr().err

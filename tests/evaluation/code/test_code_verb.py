@@ -63,7 +63,7 @@ def test_given_samples_are_run(run, problems, tmp_path):
     assert records(folder)[1]["completion"] == wrong
     assert run(*words, "--k", "3") == "error: --k 3 needs as many samples of each problem, not 2"
     assert "give one of them" in run(*words, "--workdir", tmp_path)
-    assert "--k is of --code" in run("--workdir", tmp_path, "--k", "1")
+    assert "--k needs --code" in run("--workdir", tmp_path, "--k", "1")
     missing = "the following arguments are required: --workdir"
     assert run() == f"error: lm eval: {missing}; see lm eval --help"
     assert "without --task" in run(*words, "--task")

@@ -102,7 +102,7 @@ def test_canaries_that_cannot_be_are_one_line(values, message):
 
 def test_canaries_in_a_corpus_of_tokens_are_refused():
     tokens = SimpleNamespace(name="nanogpt:x", build_store=None)
-    with pytest.raises(UserError, match="nanogpt:x is of tokens"):
+    with pytest.raises(UserError, match="nanogpt:x is pretokenized"):
         plant((tokens,), data_of())
 
 
