@@ -151,11 +151,14 @@ class Family:
             return [str(error)]
         before = comparable_config(config, self.model)
         after = comparable_config(round_trip, self.model)
-        return [
-            f"model.{name}={getattr(config, name, value)}"
+        lost = [
+            name
             for name, value in before.items()
             if name not in self.in_file and after.get(name) != value
         ]
+        # Some values follow from others, such as the scale of scores from the size of a head.
+        own = [n for n in lost if getattr(config, n, 0) != getattr(round_trip, n, 1)] or lost
+        return [f"model.{name}={getattr(config, name, before[name])}" for name in own]
 
     def mappings(
         self, config: TransformerConfig, paths: Collection[str], heads: Collection[str]

@@ -41,7 +41,7 @@ SPOILT = {
     "missing": (lambda f: set_tensors(f, lambda t: t.pop(NORM)), f"lacks the tensor {NORM}"),
     "surplus": (
         lambda f: set_tensors(f, lambda t: t.update(score=np.zeros(3, np.float32))),
-        "has the tensor score that",
+        "has the tensor score, which",
     ),
     "integers": (
         lambda f: set_tensors(f, lambda t: t.update({NORM: t[NORM].view(np.int32)})),
@@ -217,7 +217,7 @@ def test_layers_that_no_file_holds_are_refused_at_once(make_theirs, tmp_path, ke
             "activation_function=mish is not supported, only gelu",
         ),
         ({"max_position_embeddings": 40}, 0, r"has the shape \(34, 24\), not \(42, 24\)"),
-        ({"decoder_layers": 2}, 0, r"decoder.layers.2.\S+ and 25 more that a bart model"),
+        ({"decoder_layers": 2}, 0, r"decoder.layers.2.\S+ and 25 more, which a bart model"),
         ({}, 1, "final_logits_bias is not zero"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_bart_of_another_kind_is_refused(make_theirs, tmp_path, values, bias, 
             "layer_types are not .* for each of 5 layers",
         ),
         ({"classifier_bias": True}, "lacks the tensor head.dense.bias of a modernbert model"),
-        ({"num_hidden_layers": 4, "layer_types": None}, r"layers.4.\S+ and 5 more that a modern"),
+        ({"num_hidden_layers": 4, "layer_types": None}, r"layers.4.\S+ and 5 more, which a modern"),
         ({"local_attention": "8"}, "sliding_window is not a number from 0"),
         (
             {"global_attn_every_n_layers": 0, "layer_types": None},
