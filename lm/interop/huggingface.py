@@ -233,7 +233,8 @@ def _family_of(
     biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
     candidates = []
     for config, family in product((own, biased), FAMILIES.values()):
-        if not isinstance(model, MODELS[family.model]):
+        reads_audio = family.objective == "transcription"
+        if not isinstance(model, MODELS[family.model]) or bool(own.n_mels) != reads_audio:
             continue
         heads = family.heads_of(modules)
         problems = family.lost_fields(config)
