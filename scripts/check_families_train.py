@@ -240,7 +240,8 @@ def exported(workdir: Path, folder: Path) -> str:
 
     code, printed = lm("export", "--workdir", workdir, "--to", folder / "hf")
     if code:
-        return f"– {printed.splitlines()[-1].removeprefix('error: ')}" if code == 2 else printed
+        reason = printed.splitlines()[-1].removeprefix("error: ")
+        return f"– {reason}" if reason.startswith("no Hugging Face architecture") else printed
     code, printed = lm("import", "--from", folder / "hf", "--workdir", folder / "again")
     if code:
         return printed

@@ -39,6 +39,7 @@ from lm.models.ahead_modules import AHEAD, without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
+from lm.qk_clip import LARGEST
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import load_tokenizer, mean_params, require_empty, saved_checkpoints
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
@@ -213,7 +214,7 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
-    tree = nested(params)
+    tree = nested({path: x for path, x in params.items() if not path.endswith(f"/{LARGEST}")})
     for name in sorted({*_TRAINING_ONLY} & tree.keys()):
         log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))

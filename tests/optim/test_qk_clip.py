@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.cli import main
 from lm.data.batches import to_device
 from lm.errors import UserError
 from lm.experiment import build_with_data, check
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.variables import flat
 from lm.qk_clip import clip, largest_logits
+from lm.training.trainer import train
 
 LATENT = {
     "model.mixer": "mla",
@@ -109,6 +111,15 @@ def test_mesh_and_microbatches_change_nothing(make_kind):
     assert (results[0][2]["clipped_heads"] > 0).all()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results)
     assert not any(x.any() for x in jax.tree.leaves(results[1][1]))
+
+
+@pytest.mark.usefixtures("one_device")
+def test_an_exported_run_holds_no_logits(make_kind, tmp_path):
+    llama = {"model.bias": False, "model.norm_bias": False, "train.steps": 1}
+    config = make_kind("causal decoder", **llama, optimizer__qk_clip=0.001)
+    assert train(config, tmp_path / "run")
+    assert main(["export", "--workdir", str(tmp_path / "run"), "--to", str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
