@@ -235,6 +235,7 @@ def exported(workdir: Path, folder: Path) -> str:
     """Export a run and import it again; compare configuration and parameters."""
     from lm.interop.family import comparable_config
     from lm.models.variables import flat
+    from lm.qk_clip import LARGEST
     from lm.runs.checkpoints import ignore_line
     from lm.runs.saved_params import restore_run
 
@@ -256,7 +257,10 @@ def exported(workdir: Path, folder: Path) -> str:
         for name, value in configs[0].items()
         if configs[1].get(name) != value
     ]
-    own, other = flat(own), flat(other)
+    own, other = (
+        {path: x for path, x in flat(params).items() if not path.endswith(f"/{LARGEST}")}
+        for params in (own, other)
+    )
     heads = {p for p, i in before.param_infos.items() if i.role.part in ("pretraining", "task")}
     missing = own.keys() - other.keys() - heads  # heads of objectives that their classes lack
     wrong += [f"without {p}" for p in sorted(missing) if not p.startswith("generator/")]

@@ -161,8 +161,8 @@ def restore_params(
     beside = {path: x for path, x in checkpoints[0].frozen.items() if path in shapes}
     found = {**checkpoints[0].shapes, **beside}
     if heads_optional:
-        infos = experiment.param_infos
-        heads = {path for path in shapes if infos[path].role.part in ("pretraining", "task")}
+        infos = experiment.param_infos.items()
+        heads = {path for path, info in infos if info.role.part in ("pretraining", "task")}
         modules = {path.partition("/")[0] for path in shapes}
         shapes = {path: x for path, x in shapes.items() if path in found or path not in heads}
         found = {path: x for path, x in found.items() if path.partition("/")[0] in modules}

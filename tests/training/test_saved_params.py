@@ -40,8 +40,9 @@ def save(run: Path, steps: list[int], shapes=SHAPES) -> Path:
     checkpoints = Checkpoints(run / "checkpoints", options, {"config": {"lora": {"alpha": ALPHA}}})
     for step in steps:
         params = jax.tree.map(jnp.asarray, nested(params_at(step, shapes)))
+        model_state = params.pop("model_state", {})
         moments = ({"mu": params}, {"count": jnp.asarray(step)})
-        checkpoints.save(step, TrainState(jnp.asarray(step), params, moments, {}))
+        checkpoints.save(step, TrainState(jnp.asarray(step), params, moments, {}, model_state))
     checkpoints.close()
     return run
 
@@ -153,12 +154,14 @@ def test_adapted_kernels_are_merged_before_they_are_averaged(tmp_path):
 
 
 def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
-    """Parameters of layers, and those of a module that both have, never are."""
-    source = save(tmp_path, [1], SHAPES | {"pooler/kernel": (4, 4)})
+    """Parameters of layers, model state, and those of a module that both have, never are."""
+    state = {"model_state/stack/router_bias": (2, 4)}
+    source = save(tmp_path, [1], SHAPES | state | {"pooler/kernel": (4, 4)})
 
     def restore(extra, part, **options):
-        shapes = {path: jax.ShapeDtypeStruct(x, "float32") for path, x in (SHAPES | extra).items()}
-        infos = {path: ParamInfo(Role(Kind.MATRIX), ()) for path in shapes}
+        own = SHAPES | state | extra
+        shapes = {path: jax.ShapeDtypeStruct(x, "float32") for path, x in own.items()}
+        infos = {path: ParamInfo(Role(Kind.MATRIX), ()) for path in SHAPES}
         infos |= {path: ParamInfo(Role(Kind.HEAD, part=part), ()) for path in extra}
         experiment = SimpleNamespace(
             inference_shapes=nested(shapes),
@@ -169,7 +172,7 @@ def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
         return flat(params)
 
     head = {"logit_bias/bias": (4,)}
-    assert restore(head, "pretraining", heads_optional=True).keys() == SHAPES.keys()
+    assert restore(head, "pretraining", heads_optional=True).keys() == {*SHAPES, *state}
     for extra, part, options in (
         (head, "pretraining", {}),
         (head, "body", {"heads_optional": True}),
