@@ -98,7 +98,7 @@ def test_an_average_is_the_mean_of_the_last(tmp_path, source):
 
 def test_too_few_to_average_says_what_to_keep(tmp_path):
     save(tmp_path, [1, 2])
-    with pytest.raises(UserError, match=r"has 2; train with --config.checkpoint.keep_last=3"):
+    with pytest.raises(UserError, match=r"has only 2; train with --config.checkpoint.keep_last=3"):
         read(tmp_path, n=3)
 
 
