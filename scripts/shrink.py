@@ -13,7 +13,7 @@ from lm.config.registries import OBJECTIVES
 # Largest values of size keys; smaller ones are kept, and so is 0, which means a default.
 LARGEST = {
     **{"model.d_ff": 48, "model.vocab_size": 128, "model.max_length": 32, "model.window": 6},
-    **{"model.expert_d_ff": 16, "model.shared_expert_d_ff": 32, "model.experts_per_token": 2},
+    **{"model.expert_d_ff": 16, "model.experts_per_token": 2},
     **{"model.dense_layers": 1, "model.generator_layers": 1, "model.embedding_size": 8},
     **{"model.d_hidden": 16, "model.concat_width": 8, "model.relative_buckets": 8},
     **{"model.relative_max_distance": 12, "model.rope_original_length": 8},
@@ -67,6 +67,10 @@ def shrunk(config: ConfigDict, data: Path, steps: int) -> ConfigDict:
         small.model.n_experts, small.model.expert_groups = 8, 4
         small.model.expert_groups_per_token = min(2, small.model.expert_groups_per_token)
     small.model.n_experts = min(small.model.n_experts, 8 if small.model.expert_groups else 4)
+    if whole := config.model.shared_expert_d_ff:  # of one expert's width, or of two
+        width = small.model.expert_d_ff or small.model.d_ff
+        own = config.model.expert_d_ff or config.model.d_ff
+        small.model.shared_expert_d_ff = width * min(2, max(1, whole // own))
     if config.model.generator_width:
         small.model.generator_width = small.model.d_model // 2
     objective = small.objective.name
