@@ -56,7 +56,7 @@ def test_a_student_learns_beside_its_teacher(tiny_config, tmp_path):
     assert train(tiny_config(train__steps=2), large)
     keys = {"objective__distill_temperature": 2.0, "objective__distill_weight": 0.75}
     config = tiny_config(model__d_model=16, objective__name="distillation", train__steps=2, **keys)
-    with pytest.raises(UserError, match=r"set --config\.objective\.teacher"):
+    with pytest.raises(UserError, match="needs a teacher"):
         train(config, tmp_path / "alone")
     config.objective.teacher = str(large)
     lines: list[str] = []
