@@ -113,7 +113,9 @@ def test_relative_bias_is_the_table_by_bucket_wherever_the_queries_start(causal)
     np.testing.assert_allclose(apply(params, 300, 300, 0, False), expected, atol=1e-6)
     np.testing.assert_allclose(apply(params, 7, 300, 190, False), expected[:, 190:197], atol=1e-6)
     flash = Bias(dataclasses.replace(config, attention="flash"), not causal)
-    with use_mesh(make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])):  # the kernel reads it by distance
+    with use_mesh(
+        make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+    ):  # the kernel reads it by distance
         by_distance = flash.apply(params, 300, 300, 0, True)
     np.testing.assert_allclose(by_distance[:, :300], expected[:, -1], atol=1e-6)
     np.testing.assert_allclose(by_distance[:, 299:], expected[:, 0], atol=1e-6)
