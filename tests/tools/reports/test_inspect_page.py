@@ -99,7 +99,7 @@ def test_texts_of_tokens_join_to_the_text():
 
 @pytest.mark.parametrize(
     ("text", "target", "message"),
-    [("a" * 32, None, "the prompt has 33 tokens; 32 at most"), ("é", "b" * 31, "34 tokens")],
+    [("a" * 32, None, "the prompt has 33 tokens; at most 32"), ("é", "b" * 31, "34 tokens")],
 )
 def test_a_text_that_does_not_fit_is_one_line(text, target, message):
     with pytest.raises(UserError, match=message):
