@@ -256,7 +256,7 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
 
     def train(texts, vocab_size, lowercase):
         trained.append(vocab_size)
-        return train_sentencepiece(texts, vocab_size, lowercase)
+        return train_sentencepiece(texts, vocab_size, lowercase=lowercase)
 
     monkeypatch.setattr(lm.data.tokenizers.sentencepiece, "train_sentencepiece", train)
     again = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))
