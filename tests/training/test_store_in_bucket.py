@@ -117,7 +117,7 @@ def test_a_flipped_bit_is_named_and_a_damaged_local_piece_is_fetched_again(
         piece.unlink()
     store = open_cached(f"{bucket}/c").train[0]
     with pytest.raises(
-        UserError, match=r"00001\.shard: block 0 \(bytes 0 to 65,536\) is not as it"
+        UserError, match=r"00001\.shard: block 0 \(bytes 0 to 65,536\) does not match"
     ):
         store.tokens[:]
 
