@@ -967,6 +967,11 @@ COMMON_KEYS: dict[str, Key] = {
         1.0, "Repetition penalty; above 1 makes repeats less likely.", low=0.01, free=True
     ),
     "decode.banned": Key("", "Words that are never generated, comma-separated.", free=True),
+    "decode.banned_tokens": Key(
+        "",
+        "Token ids that are never generated, comma-separated; 4 5: this sequence; ^6: not first.",
+        free=True,
+    ),
     "decode.allowed": Key(
         "", "The only words an output may contain, comma-separated, case-insensitive.", free=True
     ),

@@ -109,6 +109,7 @@ NAMES = {
     "decode.max_length": "maxnewtokens maxdecodelen maxdecodelength",
     "decode.length_penalty": "alpha lengthalpha",
     "decode.repetition_penalty": "reppenalty",
+    "decode.banned_tokens": "suppresstokens beginsuppresstokens badwordsids",
     "parallel.mesh.tensor": "tensorparallelsize tp icitensorparallelism tensormodelparallelsize "
     "modelparallelsize tensorparallel tensorparallelism mp",
     "parallel.mesh.fsdp": "icifsdpparallelism dataparallelshard fsdpsize zero zerostage",

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -60,9 +60,11 @@ class Records:
         labels: class names; () if labels are numbers.
         skip: skip bad rows instead of raising errors.
         known: record columns that rows of this kind may have.
+        synonyms: further names of their columns in a source, the first one in a row counts.
     """
 
     known: ClassVar[tuple[str, ...]] = RECORD_COLUMNS
+    synonyms: ClassVar[Mapping[str, Sequence[str]]] = {}
 
     source: RecordSource
     columns: tuple[tuple[str, str], ...]
@@ -231,7 +233,7 @@ def open_records(
     module, _, name = KINDS.get(columns[0], "").partition(":")
     kind = getattr(import_module(module), name) if module else Records
     source = cls(argument, data, split)
-    source.known_columns = kind.known
+    source.known_columns = (*kind.known, *chain.from_iterable(kind.synonyms.values()))
     return kind.of_source(source, data)
 
 

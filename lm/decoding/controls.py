@@ -6,6 +6,7 @@ prefixes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from lm.config.registry import listed
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.text_limits import TextLimits, text_limits
+from lm.errors import UserError
 
 UNSET = -1  # unwritten entry in a buffer of new tokens
+START = -2  # in a banned sequence: the place before the first new token
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Controls:
     Attributes:
         end_ids: end tokens.
         repetition_penalty: divisor of the logits of written tokens; above 1 discourages repeats.
-        banned: sequences of token ids that are never generated.
+        banned: sequences of token ids that are never generated; `START` stands before the output.
         min_length: minimum tokens before an end token is allowed.
         limits: constraints on the text: allowed words, a banned pattern, a grammar.
     """
@@ -57,7 +61,7 @@ class Controls:
         if has_targets and not end_ids:
             end_ids = (special_tokens(tokenizer).eos,)
         words = [word for word in map(str.strip, decode.banned.split(",")) if word]
-        banned = banned_sequences(tokenizer, words)
+        banned = *banned_sequences(tokenizer, words), *parse_sequences(decode.banned_tokens)
         limits = text_limits(decode, tokenizer, end_ids)
         return cls(end_ids, decode.repetition_penalty, banned, decode.min_length, limits)
 
@@ -98,6 +102,19 @@ def banned_sequences(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int,
     return tuple(dict.fromkeys(ids for ids in encoded if ids and unknown not in ids))
 
 
+def parse_sequences(text: str) -> tuple[tuple[int, ...], ...]:
+    """Parse the value of `decode.banned_tokens`; UserError if it is malformed."""
+    parts = listed(text)
+    if wrong := [part for part in parts if not re.fullmatch(r"\^?\d{1,9}( +\d{1,9})*", part)]:
+        raise UserError(
+            f"--config.decode.banned_tokens: {wrong[0]!r} is neither a token id, such as 7, nor a "
+            "sequence of them, such as '4 5' or, at the start of an output, ^6"
+        )
+    starts = ((START,) if part.startswith("^") else () for part in parts)
+    ids = (map(int, part.removeprefix("^").split()) for part in parts)
+    return tuple((*start, *sequence) for start, sequence in zip(starts, ids, strict=True))
+
+
 def penalize_repeats(logits_BV: jax.Array, written_BT: jax.Array, penalty: float) -> jax.Array:
     """Divide the logits of written tokens by the penalty if positive, else multiply by it.
 
@@ -119,14 +136,14 @@ def ends_of_banned(
     Args:
         written_BT: new tokens so far, then `UNSET`.
         n: number of new tokens so far, scalar.
-        banned: sequences of token ids.
+        banned: sequences of token ids, which `START` may precede.
         vocab_size: V.
     """
     longest = max(map(len, banned)) - 1
     prefixes_WP = np.full((len(banned), longest), UNSET, np.int32)
     for row, sequence in zip(prefixes_WP, banned, strict=True):
         row[longest - len(sequence) + 1 :] = sequence[:-1]
-    before_BT = jnp.pad(written_BT, ((0, 0), (longest, 0)), constant_values=UNSET)
+    before_BT = jnp.pad(written_BT, ((0, 0), (longest, 0)), constant_values=START)
     last_BP = jax.lax.dynamic_slice_in_dim(before_BT, n, longest, axis=1)
     same_BWP = (last_BP[:, None] == prefixes_WP) | (prefixes_WP == UNSET)
     last_W = np.array([sequence[-1] for sequence in banned])

@@ -193,6 +193,7 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
         "max_source_positions": 1500,
         "max_target_positions": 448,
         "tie_word_embeddings": True,
+        "begin_suppress_tokens": (220, 50256),
     },
     "t5": _T5,
     "mt5": _MT5,

@@ -25,11 +25,11 @@ from lm.data.tokenizer import Tokenizer, check_vocabulary, make_tokenizer
 from lm.data.tokenizers.folder import CONFIG, FolderTokenizer
 from lm.errors import UserError, missing_package
 from lm.experiment import record_columns, resolve
+from lm.interop.generation_settings import banned_tokens, forced_tokens
 from lm.interop.huggingface import class_labels, save
 from lm.interop.model_folder import ModelFolder, open_model_folder
 from lm.interop.mup import without_mup
 from lm.interop.tokenizer_files import (
-    forced_tokens,
     model_settings,
     read_tokenizer,
     write_tokenizer,
@@ -77,6 +77,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
             config.data.tokenizer = f"run:{storage_path(workdir)}"
             if config.objective.name == "transcription" and "data.target_prefix" not in overrides:
                 config.data.target_prefix = listing(forced_tokens(tokenizer))
+            if "decode.banned_tokens" not in overrides:
+                config.decode.banned_tokens = banned_tokens(tokenizer, found.config.vocab_size)
     configs.validate(config)
     if tokenizer is not None:
         check_vocabulary(tokenizer, found.config.vocab_size)
@@ -97,7 +99,7 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
     checkpoints.save(0, TrainState(step, {}, {}, {}).with_inference_params(params))
     checkpoints.close()
-    log(_describe(found, tokenizer, workdir))
+    log(_describe(found, config, tokenizer, workdir))
 
 
 def run_config(found: ModelFolder) -> ConfigDict:
@@ -291,7 +293,9 @@ def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     return {f"{role}_token_id": i for role, i in ids.items() if i is not None and i < known}
 
 
-def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) -> str:
+def _describe(
+    found: ModelFolder, config: ConfigDict, tokenizer: Tokenizer | None, workdir: Path
+) -> str:
     n = sum(prod(parameter.shape) for parameter in found.parameters.values())
     run = storage_path(workdir)
     lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]
@@ -299,14 +303,15 @@ def _describe(found: ModelFolder, tokenizer: Tokenizer | None, workdir: Path) ->
     if n_further := found.about.get("num_nextn_predict_layers"):
         lines.append(f"left out: layers that predict further tokens (config.json has {n_further})")
     if found.config.n_mels and tokenizer:
-        names = "".join(forced_tokens(tokenizer))
+        names = "".join(listed(config.data.target_prefix))
         lines.append(
-            f"targets begin with {names}, as its config.json says"
+            f"targets begin with {names}"
             if names
-            else "its config.json forces no language and task: set --config.data.target_prefix, "
-            "such as '<|en|>,<|transcribe|>,<|notimestamps|>'"
+            else "its files name no language and task: set --config.data.target_prefix, such as "
+            "'<|en|>,<|transcribe|>,<|notimestamps|>'"
         )
-        lines.append("suppress_tokens of generation_config.json are kept and not applied here")
+    if banned := listed(config.decode.banned_tokens):
+        lines.append(f"never generated: {len(banned)} tokens (--config.decode.banned_tokens)")
     if tokenizer is None:
         lines.append(
             "no tokenizer came with it: name one by --config.data.tokenizer to generate or evaluate"

@@ -72,33 +72,6 @@ def model_settings(tokenizer: FolderTokenizer) -> dict[str, Any]:
     }
 
 
-def forced_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Return the tokens that a folder forces at the start of a target (Whisper).
-
-    Empty unless `forced_decoder_ids` of generation_config.json or config.json has an id for every
-    place from 1.
-    """
-    if not isinstance(tokenizer, FolderTokenizer):
-        return []
-    for file in (GENERATION, CONFIG):
-        forced = (tokenizer.stated(file) or {}).get("forced_decoder_ids")
-        places = dict(forced) if isinstance(forced, list) and _are_pairs(forced) else {}
-        if places and sorted(places) == list(range(1, len(places) + 1)):
-            pieces = tokenizer.pieces()
-            names = [pieces[places[i]] for i in sorted(places) if places[i] < len(pieces)]
-            if [tokenizer.token_id(name) for name in names] == [places[i] for i in sorted(places)]:
-                return names
-    return []
-
-
-def _are_pairs(forced: list[Any]) -> bool:
-    """Return whether all entries are (place, id) pairs."""
-    return all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and i >= 0 for i in pair)
-        for pair in forced
-    )
-
-
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, family: str, length: int | None) -> bool:
     """Write the files of a tokenizer; return False if it has no equivalent.
 

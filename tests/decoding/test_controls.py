@@ -5,12 +5,15 @@ import pytest
 
 from lm.decoding.beam import BeamOptions, beam_search
 from lm.decoding.controls import (
+    START,
     UNSET,
     Controls,
     banned_sequences,
     ends_of_banned,
+    parse_sequences,
     penalize_repeats,
 )
+from lm.errors import UserError
 
 WRITTEN = jnp.array([[1, 3, UNSET], [2, 2, UNSET], [UNSET] * 3])
 
@@ -36,6 +39,7 @@ def test_minus_infinity_stays():
         (((2, 2, 2), (2, 1)), [[], [1, 2], []]),
         (((3, 1), (0,), (1, 3, 1)), [[0, 1], [0], [0]]),
         (((9, 1, 3, 0),), [[], [], []]),
+        (((START, 1), (START, 1, 3, 0), (START, 3, 2)), [[0], [], [1]]),
     ],
 )
 def test_what_would_complete_a_banned_sequence(banned, expected):
@@ -126,8 +130,20 @@ def test_an_unknown_word_bans_nothing():
 
 def test_controls_of_a_configuration(make_experiment):
     experiment, _, tokenizer = make_experiment(
-        "decoder", decode__banned="ab, c,", decode__min_length=2, decode__repetition_penalty=1.5
+        "decoder",
+        decode__banned="ab, c,",
+        decode__banned_tokens="^7, 4 5",
+        decode__min_length=2,
+        decode__repetition_penalty=1.5,
     )
     tokenizer.encode = lambda text: np.array([ord(letter) for letter in text])
-    expected = Controls((2,), 1.5, ((97, 98), (32, 97, 98), (99,), (32, 99)), 2)
+    banned = (97, 98), (32, 97, 98), (99,), (32, 99), (START, 7), (4, 5)
+    expected = Controls((2,), 1.5, banned, 2)
     assert Controls.from_config(experiment.config, tokenizer) == expected
+
+
+def test_banned_tokens_are_ids():
+    assert parse_sequences("3,^4 5 , 6 7") == ((3,), (START, 4, 5), (6, 7))
+    for text in ("a", "3 ^4", "-1", "1234567890", "3;4", "^"):
+        with pytest.raises(UserError, match="is neither a token id"):
+            parse_sequences(f"2,{text}")

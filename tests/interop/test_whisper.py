@@ -193,7 +193,7 @@ TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>
 
 
 def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path, one_device):
-    """Greedily, after the tokens that its config.json forces."""
+    """Greedily, with the language, task and suppressed tokens of its generation_config.json."""
     tokenizer = transformers.WhisperTokenizer(
         vocab={BYTE_CHARACTERS[i]: i for i in range(256)}, merges=[]
     )
@@ -212,10 +212,26 @@ def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path
         }
     )
     model = random_model(values)
+    source = features(model)
+    settings = {
+        "language": "English",
+        "lang_to_id": {"<|en|>": prefix[0]},
+        "task_to_id": {"transcribe": prefix[1]},
+        "no_timestamps_token_id": prefix[2],
+        "decoder_start_token_id": start,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 256),
+    }
+
+    def theirs():
+        found = model.generate(torch.tensor(source).mT, max_new_tokens=12).tolist()
+        return [[i for i in row if i < 256] for row in found]
+
+    model.generation_config = transformers.GenerationConfig(**settings)
+    (first, *_, last), (other, *_) = theirs()
+    settings |= {"suppress_tokens": [last, other], "begin_suppress_tokens": [first, 256]}
+    model.generation_config = transformers.GenerationConfig(**settings)
     model.save_pretrained(there)
-    about = json.loads((there / "config.json").read_text())
-    forced = [[i, token] for i, token in enumerate(prefix, 1)]
-    (there / "config.json").write_text(json.dumps(about | {"forced_decoder_ids": forced}))
+    expected = theirs()
 
     run, lines = tmp_path / "run", []
     import_run(there, run, {}, lines.append)
@@ -227,17 +243,9 @@ def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path
     ours = load_saved_tokenizer(run / "tokenizer")
     experiment = build(config, jax.devices(), ours)
     params, _ = restore_params(experiment, run, pytest.fail)
-    source = features(model)
-    options = BeamOptions(1, 12, 0.0, Controls(ours.stop_ids))
-    found = decode_best(experiment, params, ours, list(source), options)
-    inputs = {"decoder_input_ids": torch.tensor([[start, *prefix]] * 2), "max_new_tokens": 12}
-    with torch.no_grad():
-        expected = transformers.GenerationMixin.generate(
-            model, input_features=torch.tensor(source).mT, do_sample=False, **inputs
-        ).numpy()
-    for row, tokens in zip(expected[:, 4:], found, strict=True):
-        assert tokens == [i for i in row.tolist() if i != 256]
-    assert found[0] != found[1]
+    options = BeamOptions(1, 12, 0.0, Controls.from_config(config, ours))
+    assert decode_best(experiment, params, ours, list(source), options) == expected
+    assert expected[0] != expected[1]
 
     export_run(run, tmp_path / "back", 1, False, "float32", lines.append)
     processor = transformers.WhisperProcessor.from_pretrained(tmp_path / "back")
@@ -245,7 +253,7 @@ def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path
     tokenizer = transformers.WhisperTokenizer.from_pretrained(there)
     assert processor.tokenizer("hi").input_ids == tokenizer("hi").input_ids
     again = type(model).from_pretrained(tmp_path / "back").eval()
-    targets = expected[:, :8]
+    targets = [[start, *prefix, *row[:4]] for row in expected]
     np.testing.assert_allclose(
         their_logits(again, source, targets), their_logits(model, source, targets), atol=1e-5
     )

@@ -34,19 +34,23 @@ class LazySource:
         return np.asarray(self.read(), dtype)
 
 
-def read_features(path: Any, n_mels: int, positions: int) -> np.ndarray:
+def read_features(
+    path: Any, n_mels: int, positions: int, content: bytes | None = None
+) -> np.ndarray:
     """Return the log-mel features of a recording, float32 [F, n_mels] without its padding.
 
     Args:
-        path: a `Path`, or a `UPath`.
+        path: a `Path`, or a `UPath`; with `content` only a name for messages.
         n_mels: mel bins.
         positions: longest recording in positions of the encoder.
+        content: content of the file; None reads it.
 
     Raises:
         BadRow: it cannot be read, or is longer.
     """
     n_frames = FRAMES_PER_POSITION * positions
-    return log_mel(read_waveform(path, n_frames * HOP / SAMPLE_RATE), n_mels, n_frames)
+    samples = read_waveform(path, n_frames * HOP / SAMPLE_RATE, content)
+    return log_mel(samples, n_mels, n_frames)
 
 
 def recording_sources(paths: Sequence[str], data: Any) -> list[LazySource]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from lm.data.audio.audio_inputs import read_features
+from lm.data.audio.transcripts import SYNONYMS
 from lm.data.audio.waveform import is_there
 from lm.data.file_digests import hash_files
 from lm.data.files import resolve_file
 from lm.data.record_store import EncodedRecord, RecordEncoder
 from lm.data.records import BadRow, Fields, Records
-from lm.data.row_documents import field_value
+from lm.data.row_documents import MISSING, field_value
 from lm.data.sources import RecordSource, Row
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
@@ -25,6 +26,9 @@ from lm.errors import UserError
 class Recordings(Records):
     """Records of "audio", the path of a recording, and "target", its transcript.
 
+    A table may hold the recordings themselves, as `datasets.Audio` does: {"bytes": …, "path": …}.
+    Their records have "content".
+
     Attributes:
         place: function that locates the file of a path in the source.
         n_mels: mel bins of the features.
@@ -33,6 +37,7 @@ class Recordings(Records):
     """
 
     known: ClassVar[tuple[str, ...]] = ("audio", "target")
+    synonyms: ClassVar = SYNONYMS
 
     place: Callable[[str], Any]
     n_mels: int
@@ -46,16 +51,16 @@ class Recordings(Records):
             "n_mels": data.n_mels,
             "positions": data.sequence_length,
         }
-        found = super().of_source(source, data, **more)
-        named = {name: name for name in cls.known} | dict(found.columns)
-        return replace(found, columns=tuple(named.items()) if found.columns else ())
+        return super().of_source(source, data, **more)
 
     @cached_property
     def digest(self) -> str:
         """sha256 of the source, its settings and the contents of the recordings."""
-        columns, files = dict(self.columns), []
+        files = []
         for row in self.source.rows():
-            name = field_value(row.values, columns.get("audio", "audio"))
+            name, content = _name_and_content(row, self._named(row)["audio"])
+            if content is not None:
+                break  # the source's own digest covers all recordings
             if isinstance(name, str) and "\0" not in name:
                 path = self.place(name)
                 files += [path] if is_there(path) else []
@@ -70,19 +75,41 @@ class Recordings(Records):
         return RecordingEncoder(tokenizer, self.place, self.n_mels, self.positions)
 
     def _same_named(self, row: Row) -> dict[str, str]:
-        found = super()._same_named(row)
-        if missing := [name for name in self.known if name not in found]:
+        found = self._named(row)
+        if missing := [name for name, column in found.items() if column not in row.values]:
             raise UserError(
                 f"{row.where}: no column {missing[0]!r} (available: {', '.join(row.values)}): set "
                 f"--config.data.columns={missing[0]}=NAME"
             )
         return found
 
+    def _named(self, row: Row) -> dict[str, str]:
+        """Return the columns of a row: those of `columns`, or the first with a known name."""
+        known = {name: (name, *self.synonyms[name]) for name in self.known}
+        found = {
+            name: next((column for column in names if column in row.values), name)
+            for name, names in known.items()
+        }
+        return found | dict(self.columns)
+
     def _record(self, row: Row, columns: dict[str, str]) -> Fields:
-        record = super()._record(row, columns)
+        columns = self._named(row)
+        name, content = _name_and_content(row, columns["audio"])
+        named = row._replace(values=row.values | {columns["audio"]: name})
+        record = super()._record(row if name is MISSING else named, columns)
         if "\0" in record["audio"]:
             raise BadRow(f"{record['audio']!r} is not a file name")
-        return record
+        return record if content is None else record | {"content": content}
+
+
+def _name_and_content(row: Row, column: str) -> tuple[Any, bytes | None]:
+    """Return the path of a row's recording, or the row's place for one without, and its bytes."""
+    value = field_value(row.values, column)
+    if not isinstance(value, Mapping) or not value.keys() & {"bytes", "path"}:
+        return value, None
+    name, content = value.get("path"), value.get("bytes")
+    is_held = isinstance(content, bytes)
+    return name or (str(row.where) if is_held else None), content if is_held else None
 
 
 @dataclass(frozen=True)
@@ -113,15 +140,16 @@ class RecordingEncoder:
         Raises:
             BadRow: the recording cannot be read, or is longer than `length`.
         """
-        features = read_features(self.place(record["audio"]), self.n_mels, self.length)
-        text = record["target"]
+        name, text, content = record["audio"], record["target"], record.get("content")
+        path = self.place(name) if content is None else name
+        features = read_features(path, self.n_mels, self.length, content)
         try:
             tokens = {"target": self.tokenizer.encode(text)}
         except UserError as error:
             raise BadRow(str(error)) from error
         sizes = {"target": len(text.encode())}
         return EncodedRecord(
-            record,
+            {"audio": name, "target": text},
             tokens,
             {},
             sizes,

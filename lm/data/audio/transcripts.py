@@ -16,11 +16,12 @@ from lm.errors import UserError
 _MANIFESTS = ("metadata.csv", "metadata.tsv", "metadata.jsonl", "*.trans.txt")
 _TABLES = {".csv": CsvFiles, ".tsv": TsvFiles}
 _RECORDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf", ".w64")
-_COLUMNS = ("audio", "file_name")
+# Names of the columns of recordings and texts, as in audiofolder, LibriSpeech and NeMo.
+SYNONYMS = {"audio": ("file_name", "audio_filepath"), "target": ("transcription", "text")}
 
 
 class AudioFiles(RowFiles):
-    """Rows that name a recording in the column "audio" or "file_name", relative to their file.
+    """Rows that name a recording in the column "audio" or a synonym, relative to their file.
 
     PATH is a manifest (JSON lines, CSV, TSV, or LibriSpeech's ID.trans.txt), a recording without a
     text, a glob of such files, or a folder: all manifests in it, or else all recordings.
@@ -33,7 +34,7 @@ class AudioFiles(RowFiles):
         self.name, self.header = f"audio:{argument}", data.header
         self.files = tuple((path,) for path in _find(argument, data))
         named = dict(parse_columns(data.columns)).get("audio")
-        self._columns = (named,) if named else _COLUMNS
+        self._columns = (named,) if named else ("audio", *SYNONYMS["audio"])
 
     def rows(self) -> Iterator[Row]:
         for (path,) in self.files:

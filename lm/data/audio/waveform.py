@@ -5,6 +5,7 @@ Formats are those of the package `soundfile`: WAV, FLAC, OGG (Vorbis, Opus), MP3
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -26,12 +27,13 @@ _UNKNOWN = 2**31 - 2**12  # bytes or samples: written by programs that do not kn
 _CUT = re.compile(r"(?:data|SSND) : (\d+) \(should be (\d+)\)")
 
 
-def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
+def read_waveform(path: Any, max_seconds: float, content: bytes | None = None) -> np.ndarray:
     """Return the samples of a recording, channels averaged, float32 [n] at 16 kHz.
 
     Args:
-        path: a `Path`, or a `UPath`.
+        path: a `Path`, or a `UPath`; with `content` only a name for messages.
         max_seconds: maximum length; reading stops there.
+        content: content of the file; None reads it.
 
     Raises:
         BadRow: the file is missing, damaged, cut, empty, too long or not a recording.
@@ -41,12 +43,14 @@ def read_waveform(path: Any, max_seconds: float) -> np.ndarray:
         import soundfile
     except ImportError as error:
         raise missing_package("reading audio", "soundfile", "audio") from error
-    if not is_there(path):
+    if content is None and not is_there(path):
         raise BadRow(f"no file {path}")
     try:
-        with raw_file(path) as file, soundfile.SoundFile(file) as sound:
+        file = raw_file(path) if content is None else io.BytesIO(content)
+        with file, soundfile.SoundFile(file) as sound:
             samples = _read(sound, path, max_seconds)
-        require_unchanged(path)
+        if content is None:
+            require_unchanged(path)
     except soundfile.LibsndfileError as error:
         raise BadRow(f"{path}: not a recording, or damaged ({error.error_string})") from error
     except OSError as error:

@@ -121,10 +121,9 @@ class ColumnFiles(RowDocuments, RecordSource):
 
     @property
     def _record_columns(self) -> tuple[str, ...]:
-        if self.columns:
-            return tuple(column for _, column in parse_columns(self.columns))
+        named = tuple(column for _, column in parse_columns(self.columns))
         known = _QA_COLUMNS if self.has_answers else self.known_columns
-        return tuple(column for column in known if column in self._names)
+        return named + tuple(name for name in known if name in self._names and name not in named)
 
     def documents(self, path: Path, groups: range | None = None) -> Iterator[Chunk]:
         """Yield the documents of a file, or of some Parquet row groups."""

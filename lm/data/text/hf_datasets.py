@@ -101,7 +101,9 @@ class HuggingFaceDatasets(RowDocuments, RecordSource):
 
     @cached_property
     def _stream(self) -> Any:
-        return self._builder.as_streaming_dataset(self.split)
+        stream = self._builder.as_streaming_dataset(self.split)
+        is_coded = any(hasattr(one, "decode") for one in (stream.features or {}).values())
+        return stream.decode(False) if is_coded else stream  # audio as bytes or paths
 
     def _read(self, fields: tuple[str, ...]) -> Iterator[Row]:
         """Yield rows, restricted to the columns of these fields if columns are known."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.decoding.controls import START
 from lm.decoding.engine.requests import GenerationRequest, NewToken
 
 
@@ -49,8 +50,9 @@ class ServedRow:
         r, allowed = self.request, np.ones(vocab_size, bool)
         if r.limits:
             allowed = r.limits.allowed(vocab_size, np.array([self.new], int), len(self.new))[0]
+        written = [START, *self.new]
         for *before, last in r.banned:
-            if self.new[len(self.new) - len(before) :] == before:
+            if written[len(written) - len(before) :] == before and last < vocab_size:
                 allowed[last] = False
         if not allowed.any():
             self.is_stuck = True

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import soundfile
 from tests.data.audio.conftest import TEXTS, sine
@@ -64,7 +65,12 @@ def test_forms_of_a_source(spoken, make_store, tmp_path):
     (folder / "train/a.jsonl").unlink()
     lines = [f"train/{row['audio']},{row['target']}" for row in rows]
     (folder / "metadata.csv").write_text("\n".join(["file_name,transcription", *lines]))
-    assert texts("audio:spoken/metadata", columns="target=transcription") == expected
+    assert texts("audio:spoken/metadata") == expected
+    for name, column in (("text", "text"), ("transcript", "target=transcript")):
+        nemo = [{"audio_filepath": r["audio"], "duration": 1, name: r["target"]} for r in rows]
+        (spoken / "nemo.json").write_text("\n".join(map(json.dumps, nemo)))
+        columns = column if "=" in column else ""
+        assert texts("audio:spoken/nemo.json", columns=columns) == expected
     (spoken / "a.tsv").write_text("\n".join(f"{r['target']}\t0\t{r['audio']}" for r in rows))
     by_index = {"columns": "target=0,audio=2", "header": False}
     assert texts("audio:spoken/a.tsv", **by_index) == expected
@@ -139,3 +145,44 @@ def test_rows_that_cannot_be_used_are_named(spoken, make_store, capsys):
     (spoken / "empty").mkdir()
     with pytest.raises(UserError, match=r"the folder has neither metadata\.csv, .* nor recordings"):
         make_store("audio:spoken/empty")
+
+
+def test_tables_may_hold_the_recordings(spoken, make_store, make_data, tmp_path, monkeypatch):
+    """As `datasets.Audio` writes them: bytes, or the path of a file."""
+    rows = [json.loads(line) for line in (spoken / "a.jsonl").read_text().splitlines()]
+    contents = [(spoken / row["audio"]).read_bytes() for row in rows]
+    heard = [{"bytes": content, "path": None} for content in contents]
+    heard[1]["path"] = "a/é.flac"
+    expected = make_store()
+
+    def write(heard, **columns):
+        table = pyarrow.table({"audio": heard} | columns)
+        pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+
+    monkeypatch.setattr(record_store, "_FEW", 2)
+    texts = [row["target"] for row in rows]
+    for name in ("text", "sentence"):
+        write(heard, **{name: texts})
+        columns = "target=sentence" if name == "sentence" else ""
+        found = make_store("parquet:t.parquet", columns=columns)
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a.features["audio"], b.features["audio"])
+            assert a.raw["target"] == b.raw["target"]
+    names = [record.raw["audio"] for record in found]
+    assert names[:2] == [f"{tmp_path}/t.parquet: row 1", "a/é.flac"]
+    digest = open_records("parquet:t.parquet", make_data(), "train", COLUMNS).digest
+    heard[2]["bytes"] = contents[0]
+    write(heard, sentence=texts)
+    assert open_records("parquet:t.parquet", make_data(), "train", COLUMNS).digest != digest
+    paths = [{"bytes": None, "path": str(spoken / row["audio"])} for row in rows]
+    write(paths, text=texts)
+    assert len(make_store("parquet:t.parquet")) == 4
+    heard[0] = {"bytes": b"RIFF", "path": "x.wav"}
+    heard[3] = None
+    write(heard, text=texts)
+    found = make_store("parquet:t.parquet", bad_rows="skip")
+    assert found.manifest.n_skipped == 2
+    heard[3] = heard[2]
+    write(heard, text=texts)
+    with pytest.raises(UserError, match=r"t\.parquet: row 1: x\.wav: not a recording, or damaged"):
+        make_store("parquet:t.parquet")
