@@ -253,7 +253,9 @@ def test_an_answer_that_was_begun_goes_on(pairs, name, begun):
         ByteTokenizer(),
         CharTokenizer.fit([*ALPHABET, "<|im_end|> user assistant system"]),
         WordTokenizer.fit(["user assistant system Hi <|im_end|> b"]),
-        SentencePieceTokenizer.fit(["user\nassistant\nsystem\nHi <|im_end|> b é\n"] * 30, vocab_size=300),
+        SentencePieceTokenizer.fit(
+            ["user\nassistant\nsystem\nHi <|im_end|> b é\n"] * 30, vocab_size=300
+        ),
     ],
     ids=["byte", "char", "words", "sentencepiece"],
 )
@@ -274,7 +276,9 @@ def test_no_message_makes_a_token_of_any_tokenizer(base, contents):
 
 
 WORDS = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
-PIECES = SentencePieceTokenizer.fit(["user\nassistant [INST] return 1\nHi  b é\n"] * 30, vocab_size=300)
+PIECES = SentencePieceTokenizer.fit(
+    ["user\nassistant [INST] return 1\nHi  b é\n"] * 30, vocab_size=300
+)
 WHOLE = st.lists(
     st.sampled_from(
         ("▁", "    return 1", "  ", " ", "\n\n", "\t", "\r\n", "😀", "👍🏽", "\x1b", "\0",
