@@ -22,7 +22,7 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.best_of import open_best_of
 from lm.decoding.chats import chat_of, chat_template
 from lm.decoding.generation import generate_texts
-from lm.decoding.prompts import check_ids
+from lm.decoding.prompts import check_ids, require_text_output
 from lm.decoding.sampling import Sampling
 from lm.decoding.weights import prepare
 from lm.errors import UserError
@@ -150,7 +150,7 @@ class Run:
         Raises:
             UserError: the model is not a decoder, or the chat template rejects the messages.
         """
-        template = chat_template(self.tokenizer, self.model)
+        template = chat_template(self.experiment)
         try:
             chat = chat_of({"prompt": messages, "tools": tools})
         except BadRow as error:
@@ -256,6 +256,7 @@ def _generated(
     reward_model: str | Path = "",
 ) -> list[str]:
     """Generate texts for inputs, which are conversations if a template is given."""
+    require_text_output(run.experiment)
     experiment, params = run.decoding
     if max_new_tokens:
         config = run.config.copy_and_resolve_references()

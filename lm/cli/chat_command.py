@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     experiment, params, _ = open_run(args, overrides, any_batch=True)
-    template = chat_template(experiment.tokenizer, experiment.model)
+    template = chat_template(experiment)
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
     session = ChatSession(
         *prepare(experiment, params), template, sampling, args.seed, args.stop, args.system

@@ -100,7 +100,7 @@ def _written(
 ) -> tuple[list[Any], int]:
     """Generate samples with a run; return them and its step."""
     from lm.decoding.chats import chat_template
-    from lm.decoding.prompts import is_encoder_decoder
+    from lm.decoding.prompts import generates_text, is_encoder_decoder
     from lm.decoding.sampling import Sampling
     from lm.evaluation.code.completions import write_completions
     from lm.parallel.mesh import is_primary_host
@@ -110,9 +110,9 @@ def _written(
         args, overrides, any_batch=True, step=(args.step or [None])[0]
     )
     model, tokenizer = experiment.model, experiment.tokenizer
-    if not hasattr(model, "decode") or is_encoder_decoder(model):
+    if not generates_text(experiment) or is_encoder_decoder(model):
         raise UserError(f"a model of family {experiment.config.model.family} writes no code")
-    template = chat_template(tokenizer, model) if args.apply_chat_template else None
+    template = chat_template(experiment) if args.apply_chat_template else None
     n_samples = args.n_samples or 1
     several = 0.0 if n_samples == 1 else 0.8
     temperature = several if args.temperature is None else args.temperature

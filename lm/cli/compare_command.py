@@ -97,15 +97,14 @@ def _texts(
 ) -> tuple[list[str], int]:
     """Return the text that a run generates for each prompt, and its step."""
     from lm.decoding.generation import generate_texts
-    from lm.decoding.prompts import is_encoder_decoder
+    from lm.decoding.prompts import is_encoder_decoder, require_text_output
     from lm.decoding.sampling import Sampling
     from lm.progress import progress_bar
 
     one = argparse.Namespace(**vars(args) | {"workdir": workdir})
     experiment, params, step = open_run(one, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
-    if not hasattr(model, "decode"):
-        raise UserError(f"{workdir}: model family {config.model.family} does not generate text")
+    require_text_output(experiment)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     sampling = None if searches else Sampling(args.temperature, top_p=args.top_p)
     with progress_bar(workdir, len(prompts)) as bar:

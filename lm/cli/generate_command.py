@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.decoding.generate_file import generate_file, weights_identity
     from lm.decoding.generation import generate_texts, generation_record, stream_continuations
     from lm.decoding.guard import open_guard
-    from lm.decoding.prompts import input_role, is_encoder_decoder
+    from lm.decoding.prompts import input_role, is_encoder_decoder, require_text_output
     from lm.decoding.sampling import Sampling
 
     _check_generate(args)
@@ -82,13 +82,12 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     experiment, params, step = open_run(args, overrides, any_batch=True)
     config, model = experiment.config, experiment.model
-    if not hasattr(model, "decode"):
-        raise UserError(f"a model of family {config.model.family} does not generate text")
+    require_text_output(experiment)
     if args.n_best > max(config.decode.beam_size, args.best_of or 1):
         raise UserError(f"--n_best {args.n_best} needs --config.decode.beam_size={args.n_best}")
     tokenizer = experiment.tokenizer
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p)
-    template = chat_template(tokenizer, model) if args.chat else None
+    template = chat_template(experiment) if args.chat else None
     guard = open_guard(config.decode)
     searches = is_encoder_decoder(model) or config.decode.beam_size > 1
     if args.best_of and searches:

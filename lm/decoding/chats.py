@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
-
 from lm.data.chat.messages import Message, as_messages, messages_of, tools_of
 from lm.data.records import BadRow
 from lm.data.tokenizer import Tokenizer
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import is_encoder_decoder
+from lm.decoding.prompts import generates_text, is_encoder_decoder
 from lm.errors import UserError
+from lm.experiment import Experiment
 from lm.parallel.mesh import print_on_primary_host
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def chat_controls(config: ConfigDict, tokenizer: Tokenizer, template: ChatTempla
     return Controls.from_config(config, tokenizer, template.stop_ids)
 
 
-def chat_template(tokenizer: Tokenizer, model: nn.Module) -> ChatTemplate:
+def chat_template(experiment: Experiment) -> ChatTemplate:
     """Return the chat template of a run's tokenizer, or the default one.
 
     A line on stderr warns if turns are marked only by words.
@@ -89,11 +88,11 @@ def chat_template(tokenizer: Tokenizer, model: nn.Module) -> ChatTemplate:
     Raises:
         UserError: the model does not continue texts, or jinja2 is not installed.
     """
-    if not hasattr(model, "decode") or is_encoder_decoder(model):
+    if not generates_text(experiment) or is_encoder_decoder(experiment.model):
         raise UserError("a chat needs a decoder, which continues texts")
     from lm.data.chat.chat_template import ChatTemplate
 
-    template = ChatTemplate.of(tokenizer)
+    template = ChatTemplate.of(experiment.tokenizer)
     if not template.has_role_tokens:
         print_on_primary_host("note: the run has no tokens that mark turns; a text can forge them")
     return template

@@ -16,6 +16,7 @@ import numpy as np
 from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
+from lm.experiment import Experiment
 
 TokenIds = Sequence[int] | np.ndarray
 _SHORTEST = 16
@@ -38,6 +39,22 @@ def source_ids(tokenizer: Tokenizer, text: str, length: int) -> list[int]:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Return whether the model encodes a source instead of continuing a prompt."""
     return hasattr(model, "start")
+
+
+def generates_text(experiment: Experiment) -> bool:
+    """Return whether the model decodes: not if it is an encoder, or has a head for classes."""
+    parts = {info.role.part for info in experiment.param_infos.values()}
+    return hasattr(experiment.model, "decode") and "task" not in parts
+
+
+def require_text_output(experiment: Experiment) -> None:
+    """Raise UserError if the model does not decode."""
+    if not generates_text(experiment):
+        config = experiment.config
+        raise UserError(
+            f"a model of family {config.model.family} trained by {config.objective.name} does not "
+            "generate text"
+        )
 
 
 def input_role(model: nn.Module) -> str:

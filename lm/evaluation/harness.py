@@ -30,7 +30,12 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.batch import decode_best, sample_batches
 from lm.decoding.beam import BeamOptions
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import is_encoder_decoder, prompt_ids, require_text_input
+from lm.decoding.prompts import (
+    generates_text,
+    is_encoder_decoder,
+    prompt_ids,
+    require_text_input,
+)
 from lm.decoding.sampling import Sampling
 from lm.decoding.text_stream import text_after, text_before
 from lm.errors import UserError, missing_package
@@ -424,7 +429,7 @@ def _require_fitting(experiment: Experiment, tasks: Mapping[str, Any]) -> None:
     family = experiment.config.model.family
     for name, task in tasks.items():
         kind = task.get_config("output_type")
-        if kind == "generate_until" and not hasattr(experiment.model, "decode"):
+        if kind == "generate_until" and not generates_text(experiment):
             raise UserError(f"{name}: a model of family {family} does not generate text")
         scoring = (task.get_config("metadata") or {}).get("scoring")
         if family == "encoder" and scoring != "pll":

@@ -230,20 +230,23 @@ def _family_of(
     """
     modules = {path.partition("/")[0] for path in leaves}
     own: TransformerConfig = model.config  # type: ignore[attr-defined]
+    families = [
+        family
+        for family in FAMILIES.values()
+        if isinstance(model, MODELS[family.model])
+        and bool(own.n_mels) == (family.objective == "transcription")
+    ]
+    if not families:
+        raise UserError(f"no Hugging Face architecture is like {type(model).__name__}")
     biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
     candidates = []
-    for config, family in product((own, biased), FAMILIES.values()):
-        reads_audio = family.objective == "transcription"
-        if not isinstance(model, MODELS[family.model]) or bool(own.n_mels) != reads_audio:
-            continue
+    for config, family in product((own, biased), families):
         heads = family.heads_of(modules)
         problems = family.lost_fields(config)
         if heads is None:
             names = sorted({m for head in family.heads.values() for m in head.modules} & modules)
             problems.append(f"a class with {' and '.join(names)} alone")
         candidates.append((problems, family, heads or frozenset(), config))
-    if not candidates:
-        raise UserError(f"Hugging Face has no architecture like {type(model).__name__}")
     problems, family, heads, config = min(
         candidates, key=lambda found: (len(found[0]), found[1].model_type != preferred)
     )

@@ -35,13 +35,19 @@ from lm.interop.tokenizer_files import (
     write_tokenizer,
     write_turn_ends,
 )
-from lm.models.ahead_modules import AHEAD, without_ahead
+from lm.models.ahead_modules import without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
 from lm.qk_clip import LARGEST
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
-from lm.runs.saved_params import load_tokenizer, mean_params, require_empty, saved_checkpoints
+from lm.runs.saved_params import (
+    TRAINING_ONLY,
+    load_tokenizer,
+    mean_params,
+    require_empty,
+    saved_checkpoints,
+)
 from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_run_metadata
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
@@ -178,9 +184,6 @@ def _class_names(found: ModelFolder) -> list[str]:
     return names
 
 
-_TRAINING_ONLY = (AHEAD, "generator")  # modules
-
-
 @dataclass(frozen=True)
 class ReadRun:
     """Run that was read for export, on one device.
@@ -217,7 +220,7 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
     tree = nested({path: x for path, x in params.items() if not path.endswith(f"/{LARGEST}")})
-    for name in sorted({*_TRAINING_ONLY} & tree.keys()):
+    for name in sorted({*TRAINING_ONLY} & tree.keys()):
         log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))
     model = make_model(config, "xla", "gather")

@@ -92,7 +92,8 @@ def _read(hf: Values) -> Values:
     if LOCAL in types:
         raise UnsupportedConfig(f"config.json: layer_types has {LOCAL}")
     types = [LOCAL if kind == _CHUNKED else kind for kind in types]
-    return found | read_windows(hf | {"sliding_window": hf["attention_chunk_size"]}, types)
+    windows = read_windows(hf | {"sliding_window": hf["attention_chunk_size"]}, types)
+    return found | windows | {"window_chunks": windows["window"] > 0}
 
 
 def _read_mixture(hf: Values) -> Values:
@@ -147,9 +148,7 @@ def _write(config: TransformerConfig) -> Values:
 
 
 def _family() -> Family:
-    llama = decoder(
-        "llama4_text", "Llama4", _read, _write, feed_forward=_FEED_FORWARD, window_chunks=True
-    )
+    llama = decoder("llama4_text", "Llama4", _read, _write, feed_forward=_FEED_FORWARD)
     names = {row.name for row in _PERMUTED}
 
     def base(config: TransformerConfig) -> list[TensorMapping]:

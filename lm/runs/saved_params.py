@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.data.tokenizer import Tokenizer, load_saved_tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment, build, build_untraced
+from lm.models.ahead_modules import AHEAD
 from lm.models.frozen import is_frozen, reference_path
 from lm.models.lora import kernel_of, merge_lora
 from lm.models.variables import MODEL_STATE, Params, flat, nested, with_state
@@ -34,6 +35,7 @@ from lm.storage import AnyPath, is_committed, is_step, storage_path, write_atomi
 
 FlatParams = dict[str, jax.Array]
 
+TRAINING_ONLY = (AHEAD, "generator")  # modules
 # Overrides that restore a model without its frozen companions.
 WITHOUT_FROZEN = {
     "objective.reference": "none",
@@ -139,8 +141,8 @@ def restore_params(
         average: number of newest checkpoints to average.
         best: read the checkpoint kept by `--config.eval.best`.
         step: step of the checkpoint to read, and newest one of an average; None: the newest.
-        heads_optional: ignore heads that either the model or the run lacks, for a model imported
-            without heads.
+        heads_optional: ignore heads and modules used only in training that either the model or the
+            run lacks, for a model imported without them.
 
     Returns:
         Nested parameters, and the step of the newest checkpoint read.
@@ -163,6 +165,7 @@ def restore_params(
     if heads_optional:
         infos = experiment.param_infos.items()
         heads = {path for path, info in infos if info.role.part in ("pretraining", "task")}
+        heads |= {path for path in shapes if path.partition("/")[0] in TRAINING_ONLY}
         modules = {path.partition("/")[0] for path in shapes}
         shapes = {path: x for path, x in shapes.items() if path in found or path not in heads}
         found = {path: x for path, x in found.items() if path.partition("/")[0] in modules}

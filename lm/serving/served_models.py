@@ -25,7 +25,13 @@ from lm.decoding.engine.sizes import (
     warm_up_requests,
 )
 from lm.decoding.guard import Guard, open_guard
-from lm.decoding.prompts import is_encoder_decoder, prompt_ids, require_text_input, source_ids
+from lm.decoding.prompts import (
+    generates_text,
+    is_encoder_decoder,
+    prompt_ids,
+    require_text_input,
+    source_ids,
+)
 from lm.decoding.text_limits import spelling
 from lm.decoding.weights import prepare
 from lm.errors import UserError
@@ -279,12 +285,12 @@ def _open_model(
     is_classifier = experiment.config.objective.name == "classification"
     prepared = (experiment, params) if is_classifier else prepare(experiment, params)
     model = ServedModel(name, folder, weights, experiment, *prepared, step, tokenizer)
-    if is_classifier or not hasattr(experiment.model, "decode"):
+    if not generates_text(experiment):
         return model
     model.guard = open_guard(experiment.config.decode)
     _ = model.controls  # raises UserError for an invalid grammar
     try:
-        model.template = chat_template(tokenizer, experiment.model)
+        model.template = chat_template(experiment)
     except UserError as error:
         if not model.has_source:
             log(f"{name}: no chat: {error}")

@@ -4,8 +4,12 @@ import json
 
 import jax
 import pytest
+from runs import random_run
 
+from lm.api import generate, load_run
 from lm.cli import main
+from lm.data.tokenizers.basic import ByteTokenizer
+from lm.errors import UserError
 
 CONFIG = """
 from lm.config import default
@@ -73,3 +77,18 @@ def test_misuse_is_one_line(run, tmp_path):
     assert "min_length=5 is above --config.decode.max_length=4" in run(
         "--config.decode.min_length=5"
     )
+
+
+@pytest.mark.parametrize("family", ["lstm", "decoder"])
+def test_a_classifier_writes_no_text(tmp_path, capsys, family):
+    values = {"model.family": family, "model.bidirectional": family == "lstm"}
+    values |= {"objective.name": "classification", "data.labels": "a,b"}
+    values |= {"model.tie_embeddings": False, "model.vocab_size": 0}
+    run = random_run(tmp_path / "run", values, ByteTokenizer())
+    expected = f"a model of family {family} trained by classification does not generate text"
+    assert main(["generate", "--workdir", str(run), "--prompt", "ab"]) == 2
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    with pytest.raises(UserError, match=expected):
+        generate(load_run(run), "ab")
+    with pytest.raises(UserError, match="a chat needs a decoder"):
+        load_run(run).chat("ab")

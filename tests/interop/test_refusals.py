@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from lm.errors import UserError
 from lm.interop import huggingface
+from lm.interop.import_export import run_config
 from lm.interop.model_folder import FAMILIES, open_model_folder
+from lm.models.classic.lstm import RecurrentConfig
+from lm.models.classic.recurrent import Lstm
 from lm.models.decoder import Decoder
 from lm.models.transformer_config import TransformerConfig
 
@@ -334,6 +337,23 @@ def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         huggingface.save(model, params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recurrent_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no Hugging Face architecture is like Lstm"):
+        huggingface.save(Lstm(RecurrentConfig(1, 4, 4, 12)), {}, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["SmolLM3", "Llama4"])
+def test_layers_without_positions_need_no_window(tmp_path, kind):
+    """SmolLM3 is chosen among those that fit; a Llama 4 without chunks can be imported."""
+    llama = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
+    model = Decoder(TransformerConfig(**SIZES | llama | {"n_layers": 4, "nope_every": 4}))
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    stated = "llama4_text" if kind == "Llama4" else None
+    found = huggingface.save(model, params, tmp_path / "out", model_type=stated)
+    assert found == f"{kind}ForCausalLM"
+    assert run_config(open_model_folder(tmp_path / "out")).model.nope_every == 4
 
 
 def test_how_a_model_began_does_not_matter(tmp_path):

@@ -54,6 +54,8 @@ def test_logits_of_packed_pairs_are_those_of_the_paper(both_ways):
     for segment, (source, targets) in enumerate(PAIRS, 1):
         expected = paper(p, source, targets, both_ways)
         np.testing.assert_allclose(logits[inputs[3] == segment], expected, atol=1e-5)
+    alone = model.apply({"params": p}, source[None], targets[None])
+    np.testing.assert_allclose(alone[0], expected, atol=1e-5)
 
 
 def test_a_pair_depends_on_no_other_pair_of_its_row():

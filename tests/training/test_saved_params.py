@@ -173,6 +173,8 @@ def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
 
     head = {"logit_bias/bias": (4,)}
     assert restore(head, "pretraining", heads_optional=True).keys() == {*SHAPES, *state}
+    generator = {"generator/stack/layers/out/kernel": (2, 4)}
+    assert restore(generator, "body", heads_optional=True).keys() == {*SHAPES, *state}
     for extra, part, options in (
         (head, "pretraining", {}),
         (head, "body", {"heads_optional": True}),

@@ -15,7 +15,7 @@ from lm.data.dataset import build_store, open_sources, open_validation
 from lm.data.store import TokenStore
 from lm.decoding.batch import sample_batches
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import is_encoder_decoder
+from lm.decoding.prompts import generates_text, is_encoder_decoder
 from lm.decoding.sampling import Sampling
 from lm.evaluation.safety.suite import Figures, SafetySet, Subject, with_decode_length
 
@@ -100,7 +100,7 @@ class Extraction(SafetySet):
 
     def misfit(self, subject: Subject) -> str:
         model, options = subject.experiment.model, subject.config.safety
-        if not hasattr(model, "decode") or is_encoder_decoder(model):
+        if not generates_text(subject.experiment) or is_encoder_decoder(model):
             return "it needs a decoder"
         if subject.experiment.objective.columns:
             return "it needs a run that has learnt from documents"

@@ -14,7 +14,7 @@ import numpy as np
 from lm.config.registry import listed
 from lm.data.files import find_file, read_lines
 from lm.decoding.generation import generate_texts
-from lm.decoding.prompts import is_encoder_decoder, prompt_ids
+from lm.decoding.prompts import generates_text, is_encoder_decoder, prompt_ids
 from lm.decoding.sampling import Sampling
 from lm.evaluation.safety.suite import Figures, SafetySet, Subject, with_decode_length
 from lm.runs.text_classifier import class_columns, load_classifier, weights_digest
@@ -76,7 +76,7 @@ def _searches(subject: Subject) -> Iterator[Search]:
 
 def no_samples(subject: Subject) -> str:
     """Return why a model generates no samples, or ""; UserError if the prompts are missing."""
-    if not hasattr(subject.experiment.model, "decode"):
+    if not generates_text(subject.experiment):
         return f"a model of the family {subject.config.model.family} writes no text"
     if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
         return "an encoder–decoder writes from sources only: set --config.safety.prompts"

@@ -188,8 +188,8 @@ class LstmEncoderDecoder(Recurrent):
         self,
         source_BS: jax.Array,
         targets_BL: jax.Array,
-        source_segments_BS: jax.Array,
-        target_segments_BL: jax.Array,
+        source_segments_BS: jax.Array | None = None,
+        target_segments_BL: jax.Array | None = None,
         source_positions_BS: jax.Array | None = None,
         target_positions_BL: jax.Array | None = None,
     ) -> jax.Array | CopyState:
@@ -200,11 +200,15 @@ class LstmEncoderDecoder(Recurrent):
         Args:
             source_BS: source token ids.
             targets_BL: target token ids.
-            source_segments_BS: segments of the source.
-            target_segments_BL: segments of the target.
+            source_segments_BS: segments of the source; default: one per row.
+            target_segments_BL: segments of the target; default: one per row.
             source_positions_BS: ignored.
             target_positions_BL: ignored.
         """
+        if source_segments_BS is None:
+            source_segments_BS = jnp.ones_like(source_BS)
+        if target_segments_BL is None:
+            target_segments_BL = jnp.ones_like(targets_BL)
         source, states = self.encode(source_BS, source_segments_BS)
         entering = self._final(states, source_segments_BS, target_segments_BL)
         x_BLH, _ = self.decoder(self.tokens(targets_BL), target_segments_BL, entering=entering)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from lm.decoding.controls import Controls
-from lm.decoding.prompts import is_encoder_decoder
+from lm.decoding.prompts import generates_text, is_encoder_decoder
 from lm.decoding.sampling import Rows, Sampling, State, next_token
 from lm.decoding.weights import prepare
 from lm.errors import UserError
@@ -82,7 +82,7 @@ def plan_decoding(config: ConfigDict, topology: Topology) -> DecodePlan:
         UserError: the model does not continue prompts.
     """
     experiment = build(config, topology.devices)
-    if is_encoder_decoder(experiment.model) or not hasattr(experiment.model, "decode"):
+    if is_encoder_decoder(experiment.model) or not generates_text(experiment):
         raise UserError("--decode plans models that continue a prompt")
     shapes = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
