@@ -328,6 +328,7 @@ def main() -> int:
     os.environ |= ENVIRONMENT
     os.environ["LM_CACHE_DIR"] = str(top / "stores")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(top / "xla"))
+    os.environ.setdefault("PJRT_NPROC", "16")  # see lm/cli/__init__.py
     for library in LIBRARIES:
         importlib.import_module(library)
     rows = [f"| variant | {' | '.join(COLUMNS)} |", f"|---{'|---' * len(COLUMNS)}|"]

@@ -32,7 +32,7 @@ RESET = (
     *("data.bad_rows", "init.from", "init.fresh", "init.leave", "init.rename", "init.vectors"),
     *("eval.every_steps", "eval.max_batches", "eval.metrics", "eval.best", "decode.beam_size"),
     *("schedule.decay_steps", "data.documents", "data.validation_source", "data.weights"),
-    *("data.schedule", "data.epochs", "log.every_steps"),
+    *("data.schedule", "data.epochs", "data.target_prefix", "log.every_steps"),
 )
 SOURCES = {  # by objective; documents elsewhere
     "seq2seq": "parallel:{}/numbers.en|{}/numbers.de",

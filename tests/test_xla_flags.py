@@ -8,8 +8,10 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import jax
 import pytest
 
+from lm.cli import _set_up_jax
 from lm.hardware import (
     CHIPS,
     GPUS,
@@ -50,6 +52,16 @@ def test_tpu_flags_are_known():
     assert "Unknown" not in done.stderr
     done = start_jax(ON_A_TPU, LIBTPU_INIT_ARGS="--xla_tpu_no_such=1")
     assert "Unknown" in done.stderr
+
+
+@pytest.mark.parametrize(("devices", "least"), [(1, 0), (2, 8)])
+def test_simulated_devices_have_threads_for_collectives_that_wait(monkeypatch, devices, least):
+    """`lm train --config experiments/stablelm.py:2-1.6b`, small, on fsdp=2 hung on two cores."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setenv("PJRT_NPROC", "")
+    monkeypatch.delenv("PJRT_NPROC")
+    _set_up_jax(SimpleNamespace(verb="train", cpu_devices=devices))
+    assert int(os.environ.get("PJRT_NPROC", 0)) >= least
 
 
 def test_what_is_compiled_into_every_step_is_among_the_flags_of_its_chip():

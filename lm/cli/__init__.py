@@ -81,6 +81,9 @@ def _set_up_jax(args: argparse.Namespace) -> None:
             raise UserError(f"--cpu_devices {devices} is below 1")
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+        if devices > 1:
+            # Programs from JAX's cache do not order collectives: with few threads they deadlock.
+            os.environ.setdefault("PJRT_NPROC", str(max(4 * devices, os.cpu_count() or 1)))
     if hasattr(args, "coordinator"):
         from lm.parallel.hosts import initialize_distributed
 
