@@ -299,6 +299,7 @@ OF_FAMILY = {
     | {"type_vocab_size": size(0, 3)},
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
+    "bart": {"decoder_start_token_id": lambda rng, v: v.get("eos_token_id", 2)},
     "llama4_text": {"layer_types": layer_kinds(CHUNKED, GLOBAL)},
     **dict.fromkeys(("phi3", "stablelm"), ROTATED_PART),
     "bamba": {
@@ -451,15 +452,15 @@ def their_output(model, inputs):
 
 def whole_input(model, ids):
     """Return the inputs of a forward pass."""
-    return {"input_ids": ids} | (
-        {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    )
+    if not model.config.is_encoder_decoder:
+        return {"input_ids": ids}
+    if "ForConditional" in type(model).__name__:
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": np.append(ids, [[model.config.eos_token_id]] * len(ids), axis=1)}
 
 
 def our_output(model, class_name, tokens, segments, types, target):
     """Return what our model computes where `their_output` has that of a class."""
-    if "ForSequenceClassification" in class_name and target is not None:
-        return model.classify_pair(tokens, segments)
     if target is not None:
         return model(tokens, target, segments)
     if class_name.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM", "BertForPreTraining")):
@@ -485,7 +486,10 @@ def compare(run, theirs, class_name, rng):
     tokens = draw.choice(ids, (len(LENGTHS), LENGTHS[0]))
     segments = (np.arange(LENGTHS[0]) < LENGTHS[:, None]).astype(np.int32)
     tokens = np.where(segments, tokens, pad or 0)
-    is_pair = config.is_encoder_decoder
+    is_pair = class_name.endswith("ForConditionalGeneration")
+    if config.is_encoder_decoder and not is_pair:  # texts to classify end with one token
+        tokens = np.where(tokens == config.eos_token_id, ids[0], tokens)
+        tokens[np.arange(len(LENGTHS)), LENGTHS - 1] = config.eos_token_id
     target = draw.choice(ids, (len(LENGTHS), 9)) if is_pair else None
     n_types = getattr(config, "type_vocab_size", 0) if hasattr(run.model, "next_sentence") else 0
     types = draw.integers(0, n_types, tokens.shape) if n_types else None

@@ -234,6 +234,7 @@ def decoded(workdir: Path) -> str:
 def exported(workdir: Path, folder: Path) -> str:
     """Export a run and import it again; compare configuration and parameters."""
     from lm.interop.family import comparable_config
+    from lm.interop.folder_heads import TASK_MODULES
     from lm.models.variables import flat
     from lm.qk_clip import LARGEST
     from lm.runs.checkpoints import ignore_line
@@ -251,7 +252,10 @@ def exported(workdir: Path, folder: Path) -> str:
         for run in (workdir, folder / "again")
     )
     family = before.config.model.family
-    configs = [comparable_config(run.model.config, family) for run in (before, after)]
+    configs = [
+        comparable_config(run.model.config, family, bool({*own} & TASK_MODULES))
+        for run in (before, after)
+    ]
     wrong = [
         f"{name}={configs[1].get(name)!r}, not {value!r}"
         for name, value in configs[0].items()

@@ -183,8 +183,9 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.pooler_activation": Key(
         "tanh",
-        "Activation of BERT's layer over the first token (ELECTRA, DeBERTa: GELU).",
-        choices=("tanh", "gelu_erf"),
+        "Activation of BERT's layer over the first token (ELECTRA, DeBERTa: GELU); transform: "
+        "instead, classifiers follow the layer and norm before an encoder's output (ModernBERT).",
+        choices=("tanh", "gelu_erf", "transform"),
         needs=("model.family", "encoder"),
     ),
     "model.generator_width": Key(
@@ -487,9 +488,10 @@ COMMON_KEYS: dict[str, Key] = {
     "model.pooling": Key(
         "family",
         "Sequence representation of a Transformer classifier: the family's (BERT's pooler on the "
-        "first token, elsewhere the last token), or the mean over tokens.",
-        choices=("family", "mean"),
-        needs=("objective.name", "classification", "reward"),
+        "first token, elsewhere the last token), or the mean over tokens; shifted: a decoder that "
+        "reads the text after its last token, and BERT's pooler on the last one (BART).",
+        choices=("family", "mean", "shifted"),
+        needs=("objective.name", "classification", "reward", "span_qa"),
     ),
     "model.copy": Key(
         False,

@@ -43,6 +43,8 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.init=uniform is not for --config.model.family={model.family}"
     if model.pooling == "mean" and not transformer:
         yield f"--config.model.pooling=mean is not for --config.model.family={model.family}"
+    if model.pooling == "shifted" and model.family != "encoder_decoder":
+        yield f"--config.model.pooling=shifted is not for --config.model.family={model.family}"
     if model.init == "uniform" and model.init_truncated:
         yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
     objective = OBJECTIVES.entries[config.objective.name]

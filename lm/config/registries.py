@@ -407,12 +407,12 @@ OBJECTIVES = Registry(
         ),
         "span_qa": Entry(
             "lm.objectives.span_qa:SpanQa",
-            families=("encoder",),
+            families=("encoder", "decoder", "encoder_decoder"),
             columns=("question", "context", "answers"),
         ),
         "token_classification": Entry(
             "lm.objectives.token_classification:TokenClassification",
-            families=("encoder",),
+            families=("encoder", "decoder"),
             columns=("words", "tags"),
         ),
         "skip_gram": Entry(

@@ -1,9 +1,10 @@
-"""BART (Lewis et al. 2020): `BartForConditionalGeneration`.
+"""BART (Lewis et al. 2020), with the output layer or the heads of its classes for tasks.
 
 Encoder and decoder have separate position tables, whose rows 0 and 1 are unused, and embedding
 norms. The tensors of a file determine whether the output is tied: `tie_word_embeddings` in
 config.json would also untie the encoder's tokens from the decoder's. The bias of the logits, which
-the class stores as a buffer, is zero in the released files; other values are refused.
+the class stores as a buffer, is zero in the released files; other values are refused. For tasks the
+decoder reads the text after its own end.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from __future__ import annotations
 import numpy as np
 
 from lm.interop.activation_words import ACTIVATIONS
-from lm.interop.family import Family, Values, hf_word, lm_word, require_equal
+from lm.interop.family import (
+    Family,
+    Head,
+    UnsupportedConfig,
+    Values,
+    hf_word,
+    lm_word,
+    require_equal,
+)
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -96,7 +105,10 @@ def write_stacks(config: TransformerConfig) -> Values:
 
 
 def _read(hf: Values) -> Values:
-    scaled = hf.get("scale_embedding", False)
+    scaled, ids = hf.get("scale_embedding", False), ("decoder_start_token_id", "eos_token_id")
+    start, end = (hf.get(name, 2) for name in ids)
+    if start != end and {*(hf.get("architectures") or ())} & {*_TASKS.values()}:
+        raise UnsupportedConfig(f"config.json: {ids[0]}={start} is not {ids[1]}={end}")
     return read_stacks(hf) | {"scale_embeddings": scaled, "tie_embeddings": True}
 
 
@@ -105,6 +117,11 @@ def _write(config: TransformerConfig) -> Values:
     return write_stacks(config) | values
 
 
+_TASKS = {
+    frozenset({"pooler", "classes"}): "BartForSequenceClassification",
+    frozenset({"spans"}): "BartForQuestionAnswering",
+}
+_HEAD = "classification_head"
 STACK_KEYS = {
     "encoder_layers": "n_layers",
     "d_model": "d_model",
@@ -115,9 +132,20 @@ STACK_KEYS = {
 BART = Family(
     model_type="bart",
     model="encoder_decoder",
-    classes={frozenset(): "BartForConditionalGeneration"},
+    classes={frozenset(): "BartForConditionalGeneration", **_TASKS},
     prefix="model.",
     base=_base,
+    heads={
+        "pooler": Head(("pooler",), tuple(linear_mappings(f"{_HEAD}.dense", "pooler"))),
+        "classes": Head(
+            ("classifier",),
+            tuple(linear_mappings(f"{_HEAD}.out_proj", "classifier")),
+            replaces_output=True,
+        ),
+        "spans": Head(
+            ("span_head",), tuple(linear_mappings("qa_outputs", "span_head")), replaces_output=True
+        ),
+    },
     keys=STACK_KEYS | {"max_position_embeddings": "max_length"},
     fixed={
         "norm": "layernorm",
@@ -127,6 +155,7 @@ BART = Family(
         "separate_embeddings": True,
         "positions": "learned",
         "position_offset": OFFSET,
+        "pooling": "shifted",
     },
     read=_read,
     write=_write,

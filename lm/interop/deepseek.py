@@ -21,7 +21,7 @@ from lm.interop.family import (
     read_size,
     require_equal,
 )
-from lm.interop.llama import DENSE, FEED_FORWARD, MLP, decoder, read_decoder, write_decoder
+from lm.interop.llama import DENSE, FEED_FORWARD, MLP, TAGGER, decoder, read_decoder, write_decoder
 from lm.interop.qwen_moe import gated_mappings
 from lm.interop.tensor_mapping import (
     TensorMapping,
@@ -241,4 +241,4 @@ def _family(
 
 
 DEEPSEEK_V2 = _family("deepseek_v2", "DeepseekV2", _read_v2, _write_v2)
-DEEPSEEK_V3 = _family("deepseek_v3", "DeepseekV3", _read_v3, _write_v3)
+DEEPSEEK_V3 = _family("deepseek_v3", "DeepseekV3", _read_v3, _write_v3, heads=TAGGER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from lm.config.model_rules import rotary_problems, rotary_width
 from lm.errors import UserError
 from lm.interop.class_defaults import CLASS_DEFAULTS
 from lm.interop.fused_tensors import Fused
-from lm.interop.tensor_mapping import TensorMapping, of_segments
+from lm.interop.tensor_mapping import TensorMapping, linear_mappings, of_segments
 from lm.kernels.elementwise import output_activation
 from lm.models.expert_choice import has_groups, has_normalized_weights
 from lm.models.experts_config import ExpertsConfig
@@ -56,11 +56,15 @@ class Head:
         modules: modules of the model in `lm.models` that the head consists of.
         mappings: rows of the tensor table; a parameter in no row is zero.
         replaces_output: models with this head have no output projection.
+        of_tokens: whether it classifies every token, or whole texts; None: as the class has it.
+        prefix: prefix of the stack's tensors in classes with this head; "": the family's.
     """
 
     modules: tuple[str, ...]
     mappings: tuple[TensorMapping, ...]
     replaces_output: bool = False
+    of_tokens: bool | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Family:
     Attributes:
         model_type: value of that key in config.json.
         model: `--config.model.family` of the models.
-        classes: Hugging Face class by the model's heads; no two have the same modules.
+        classes: Hugging Face class by the model's heads; those with the same modules differ in
+            what they classify.
         prefix: prefix of tensor names, absent in the bare model (`…Model`).
         base: returns the tensor table of the stack.
         keys: keys of config.json that correspond to a field of TransformerConfig.
@@ -143,14 +148,19 @@ class Family:
             raise UnsupportedConfig(f"config.json: {problem.replace('--config.model.', '')}")
         return config
 
-    def lost_fields(self, config: TransformerConfig) -> list[str]:
-        """Return the fields lost in a Hugging Face round trip, as "model.key=value"."""
+    def lost_fields(self, config: TransformerConfig, has_task: bool) -> list[str]:
+        """Return the fields lost in a Hugging Face round trip, as "model.key=value".
+
+        Args:
+            config: configuration of the model.
+            has_task: whether the model has a pooler, or a head on its hidden states.
+        """
         try:
             round_trip = self.read_config(self.write_config(config))
         except UnsupportedConfig as error:
             return [str(error)]
-        before = comparable_config(config, self.model)
-        after = comparable_config(round_trip, self.model)
+        before = comparable_config(config, self.model, has_task)
+        after = comparable_config(round_trip, self.model, has_task)
         lost = [
             name
             for name, value in before.items()
@@ -181,20 +191,34 @@ class Family:
                 raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {path}")
         return found
 
-    def heads_of(self, modules: Collection[str]) -> frozenset[str] | None:
+    def heads_of(self, modules: Collection[str], of_tokens: bool) -> frozenset[str] | None:
         """Return the heads of the class that has these modules; None if there is none.
 
         BERT's pretraining class may lack the next-sentence head: it is written as zeros.
+
+        Args:
+            modules: modules of the model.
+            of_tokens: whether the classifier is one of every token.
         """
         own = {name: set(head.modules) for name, head in self.heads.items()}
+        wrong = {name for name, head in self.heads.items() if head.of_tokens is (not of_tokens)}
         present = set().union(*own.values()) & set(modules)
         fitting = [
             heads
             for heads in self.classes
-            if present <= set().union(*(own[name] for name in heads))
+            if present <= set().union(*(own[name] for name in heads - wrong))
             and {name for name in heads if not own[name] & present} <= {"next_sentence"}
         ]
         return min(fitting, key=len, default=None)
+
+    def renamed_to(self, class_name: str, name: str) -> str:
+        """Return the name that a tensor of the table has in files of a class."""
+        heads = next(heads for heads, its in self.classes.items() if its == class_name)
+        is_bare = class_name.lower() == f"{self.model_type.replace('-', '')}model"
+        own = next((self.heads[n].prefix for n in heads if self.heads[n].prefix), self.prefix)
+        if not name.startswith(self.prefix):
+            return name
+        return ("" if is_bare else own) + name.removeprefix(self.prefix)
 
     def write_config(self, config: TransformerConfig) -> Values:
         """Convert a TransformerConfig to config.json values, except `architectures`."""
@@ -202,25 +226,43 @@ class Family:
         return {"model_type": self.model_type} | values | self.write(config)
 
 
-# A decoder's classifier of the last token, without a bias.
-DECODER_HEADS: Mapping[str, Head] = {
-    "classes": Head(
+# A decoder's heads, and the ends of their classes' names. Only the last token has no bias.
+_SCORE = TensorMapping("score.weight", ("classifier/kernel",), "C D", "D C")
+_HEADS = {
+    "classes": Head(("classifier",), (_SCORE,), replaces_output=True, of_tokens=False),
+    "tags": Head(
         ("classifier",),
-        (TensorMapping("score.weight", ("classifier/kernel",), "C D", "D C"),),
+        (_SCORE, TensorMapping("score.bias", ("classifier/bias",))),
         replaces_output=True,
-    )
+        of_tokens=True,
+    ),
+    "spans": Head(
+        ("span_head",), tuple(linear_mappings("qa_outputs", "span_head")), replaces_output=True
+    ),
+}
+_TASKS = {
+    "classes": "ForSequenceClassification",
+    "tags": "ForTokenClassification",
+    "spans": "ForQuestionAnswering",
 }
 
 
-def decoder_classes(name: str) -> dict[frozenset[str], str]:
-    """Return the classes of a decoder by heads.
+def decoder_heads(
+    name: str, heads: Collection[str], spans_prefix: str = ""
+) -> tuple[dict[str, Head], dict[frozenset[str], str]]:
+    """Return a decoder's heads, and its classes by heads.
 
     Args:
         name: class of the language model, such as GPT2LMHeadModel.
+        heads: those of "classes", "tags" and "spans" that have a class.
+        spans_prefix: prefix of the stack's tensors in the class of "spans", if it has its own.
     """
     prefix = name.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     prefix += "Text" if prefix == "Gemma3" else ""  # the plain class also reads images
-    return {frozenset(): name, frozenset({"classes"}): f"{prefix}ForSequenceClassification"}
+    found = {head: _HEADS[head] for head in heads}
+    if "spans" in found:
+        found["spans"] = replace(found["spans"], prefix=spans_prefix)
+    return found, {frozenset(): name} | {frozenset({h}): f"{prefix}{_TASKS[h]}" for h in heads}
 
 
 _FLAGS = frozenset(
@@ -287,12 +329,13 @@ def _check_types(found: Values) -> None:
             raise UserError(f"config.json: {name} is less than 1")
 
 
-def comparable_config(config: TransformerConfig, model: str) -> Values:
+def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> Values:
     """Return the values that affect what a model computes.
 
     Args:
         config: configuration of the model.
         model: `--config.model.family`.
+        has_task: whether the model has a pooler, or a head on its hidden states.
     """
     c = config
     values = asdict(c) | {"attention_biases": c.attention_biases, "attention_scale": c.score_scale}
@@ -330,6 +373,9 @@ def comparable_config(config: TransformerConfig, model: str) -> Values:
         unused |= {f.name for f in fields(ExpertsConfig)} - {"n_experts"}
     if model != "encoder":
         unused |= {"transform_bias", "transform_activation", "pooler_activation"}
+    if not has_task:
+        unused.add("pooler_activation")
+        values["pooling"] = "mean" if c.pooling == "mean" else "family"
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}

@@ -18,6 +18,7 @@ from lm.interop.family import (
     require_equal,
 )
 from lm.interop.llama import (
+    TAGGER,
     config_layer_types,
     decoder,
     layer_types,
@@ -126,13 +127,14 @@ def _write_gemma3(config: TransformerConfig) -> Values:
     return _write_later(config) | write_layer_rope(config)
 
 
-GEMMA = decoder("gemma", "Gemma", _read_gemma, _write_gemma, **_ALWAYS)
+GEMMA = decoder("gemma", "Gemma", _read_gemma, _write_gemma, heads=TAGGER, **_ALWAYS)
 GEMMA2 = decoder(
     "gemma2",
     "Gemma2",
     _read_gemma2,
     _write_gemma2,
     norms=_NORMS,
+    heads=TAGGER,
     norm_placement="both",
     **_ALWAYS,
 )

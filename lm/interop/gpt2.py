@@ -5,17 +5,24 @@ Its linear layers are [in, out]; one tensor contains the query, key and value pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
-    DECODER_HEADS,
     Family,
     Values,
-    decoder_classes,
+    decoder_heads,
     hf_word,
     lm_word,
     require_equal,
 )
-from lm.interop.tensor_mapping import TensorMapping, norm_mappings, output_mapping, same_layout
+from lm.interop.tensor_mapping import (
+    TensorMapping,
+    linear_mappings,
+    norm_mappings,
+    output_mapping,
+    same_layout,
+)
 from lm.models.transformer_config import TransformerConfig
 
 _ATTENTION, _FEED_FORWARD = "stack/layers/attention", "stack/layers/feed_forward"
@@ -52,12 +59,14 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
+_HEADS, _CLASSES = decoder_heads("GPT2LMHeadModel", ("classes", "tags", "spans"))
+_TAGS = replace(_HEADS["tags"], mappings=tuple(linear_mappings("classifier", "classifier")))
 GPT2 = Family(
     model_type="gpt2",
     model="decoder",
-    classes=decoder_classes("GPT2LMHeadModel"),
+    classes=_CLASSES,
     prefix="transformer.",
-    heads=DECODER_HEADS,
+    heads=_HEADS | {"tags": _TAGS},
     base=lambda _: [
         same_layout("transformer.wte.weight", "tokens/embedding"),
         same_layout("transformer.wpe.weight", "positions/embedding"),

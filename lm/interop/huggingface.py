@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from lm.config.registries import MODELS
 from lm.errors import UserError
 from lm.interop.family import Family
+from lm.interop.folder_heads import TASK_MODULES
 from lm.interop.fused_tensors import fuse
 from lm.interop.model_folder import FAMILIES, Params, open_model_folder
 from lm.interop.model_parameters import ParameterSpec, parameter_specs
@@ -63,7 +64,6 @@ class HuggingFaceModel:
         has_classes: whether it has a classifier.
         mappings: rows of the tensor table that were used.
         shapes: its parameters by path.
-        bare: prefix that the names lack.
     """
 
     family: Family
@@ -73,13 +73,14 @@ class HuggingFaceModel:
     has_classes: bool
     mappings: Sequence[TensorMapping]
     shapes: Mapping[str, ParameterSpec]
-    bare: str
 
 
-def convert(model: nn.Module, params: Params, model_type: str | None = None) -> HuggingFaceModel:
+def convert(
+    model: nn.Module, params: Params, model_type: str | None = None, of_tokens: bool = False
+) -> HuggingFaceModel:
     """Convert a model to tensors of `transformers`; for arguments and errors see `save`."""
     leaves = flat(nn.meta.unbox(params))
-    family, heads, config = _family_of(model, leaves, model_type)
+    family, heads, config = _family_of(model, leaves, model_type, of_tokens)
     shapes = parameter_specs(family, model.clone(config=config), heads)
     left_out = {path for path in leaves if path.partition("/")[0] in family.left_out}
     leaves = {path: leaf for path, leaf in leaves.items() if path not in left_out}
@@ -88,8 +89,6 @@ def convert(model: nn.Module, params: Params, model_type: str | None = None) -> 
     written = {path for mapping in mappings for path in mapping.paths}
     _check_parameters(leaves, shapes, written)
     class_name = family.classes[heads]
-    is_bare = class_name.lower() == f"{family.model_type.replace('-', '')}model"
-    bare = family.prefix if is_bare else ""
     tensors = [
         PendingTensor(
             name,
@@ -99,16 +98,18 @@ def convert(model: nn.Module, params: Params, model_type: str | None = None) -> 
         for mapping in mappings
         for number, name in enumerate(tensor_names(mapping, shapes[mapping.paths[0]].shape))
     ]
+    replaces_output = any(family.heads[name].replaces_output for name in heads)
     tensors += [
         PendingTensor(name, values(config).shape, partial(values, config))
         for name, values in family.constants.items()
+        if not replaces_output
     ]
     tensors = [
-        replace(tensor, name=tensor.name.removeprefix(bare))
+        replace(tensor, name=family.renamed_to(class_name, tensor.name))
         for tensor in fuse(family.fused, config.n_layers, tensors)
     ]
     has_classes = any(path.startswith("classifier/") for path in leaves)
-    of_table = mappings, shapes, bare
+    of_table = mappings, shapes
     return HuggingFaceModel(family, config, class_name, tuple(tensors), has_classes, *of_table)
 
 
@@ -120,6 +121,7 @@ def save(
     dtype: str = "float32",
     about: Mapping[str, Any] | None = None,
     model_type: str | None = None,
+    of_tokens: bool = False,
     quantize: str = "",
 ) -> str:
     """Write a model as a folder that `transformers` loads.
@@ -131,6 +133,7 @@ def save(
         dtype: float32, bfloat16 or float16.
         about: further values of config.json.
         model_type: architecture to use if several compute the same function.
+        of_tokens: whether a classifier is one of every token, where its class depends on it.
         quantize: int8 or int4 for the layers' matrices; "" for none.
 
     Returns:
@@ -139,9 +142,9 @@ def save(
     Raises:
         UserError: no architecture of `transformers` computes the same function as the model.
     """
-    found = convert(model, params, model_type)
+    found = convert(model, params, model_type, of_tokens)
     family, config, tensors = found.family, found.config, list(found.tensors)
-    if not config.tie_embeddings and family.heads:
+    if not config.tie_embeddings and family.model == "encoder":
         originals = {tensor.name: tensor for tensor in tensors}
         tensors += [
             replace(originals[of], name=copy)
@@ -155,7 +158,7 @@ def save(
         mappings, shapes = found.mappings, found.shapes
         quantized_inputs = _quantized_inputs(family, mappings, shapes)
         names = {
-            name.removeprefix(found.bare)
+            family.renamed_to(found.class_name, name)
             for mapping in mappings
             if mapping.name in quantized_inputs
             for name in tensor_names(mapping, shapes[mapping.paths[0]].shape)
@@ -222,7 +225,7 @@ def _make_tensor(
 
 
 def _family_of(
-    model: nn.Module, leaves: Mapping[str, Any], preferred: str | None
+    model: nn.Module, leaves: Mapping[str, Any], preferred: str | None, of_tokens: bool
 ) -> tuple[Family, frozenset[str], TransformerConfig]:
     """Return the family that computes the same as a model, its heads, and its configuration.
 
@@ -241,11 +244,12 @@ def _family_of(
     biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
     candidates = []
     for config, family in product((own, biased), families):
-        heads = family.heads_of(modules)
-        problems = family.lost_fields(config)
+        heads = family.heads_of(modules, of_tokens)
+        problems = family.lost_fields(config, bool(modules & TASK_MODULES))
         if heads is None:
             names = sorted({m for head in family.heads.values() for m in head.modules} & modules)
-            problems.append(f"a class with {' and '.join(names)} alone")
+            what = " of every token" if of_tokens else ""
+            problems.append(f"a class with {' and '.join(names)} alone{what}")
         candidates.append((problems, family, heads or frozenset(), config))
     problems, family, heads, config = min(
         candidates, key=lambda found: (len(found[0]), found[1].model_type != preferred)

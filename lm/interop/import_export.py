@@ -27,7 +27,7 @@ from lm.errors import UserError, missing_package
 from lm.experiment import record_columns, resolve
 from lm.interop.generation_settings import banned_tokens, forced_tokens
 from lm.interop.huggingface import class_labels, save
-from lm.interop.model_folder import ModelFolder, open_model_folder
+from lm.interop.model_folder import ModelFolder, open_model_folder, some_tensors
 from lm.interop.mup import without_mup
 from lm.interop.tokenizer_files import (
     model_settings,
@@ -127,11 +127,11 @@ def run_config(found: ModelFolder) -> ConfigDict:
         config.objective.next_sentence = "next_sentence" in found.heads
         if "replaced" in found.heads:
             config.objective.name = "replaced_tokens"
-        if "spans" in found.heads:
-            config.objective.name = "span_qa"
-    is_tagger = "tags" in found.heads or found.heads == {"classes"}
+    if "spans" in found.heads:
+        config.objective.name = "span_qa"
     if "classes" in found.heads or "tags" in found.heads:
-        of_tokens = found.family.model == "encoder" and is_tagger
+        is_alone = found.family.model == "encoder" and found.heads == {"classes"}
+        of_tokens = is_alone or "tags" in found.heads
         if of_tokens and found.config.n_classes == 1:
             raise UserError("a classifier of tokens with a single class has nothing to tell apart")
         config.objective.name = "token_classification" if of_tokens else "classification"
@@ -272,6 +272,7 @@ def export_run(
         if config.objective.name == "classification":
             about["problem_type"] = _problem_type(bool(labels))
     options: dict[str, Any] = {"about": about, "model_type": run.model_type, "quantize": quantize}
+    options["of_tokens"] = config.objective.name == "token_classification"
     class_name = save(run.model, run.params, to, dtype=dtype, **options)
     is_bounded = config.model.positions == "learned"
     length = config.model.max_length if is_bounded else None
@@ -291,6 +292,8 @@ def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     ids = {"bos": tokenizer.bos_id, "eos": special.eos, "pad": special.pad}
     if config.model.family == "encoder_decoder":
         ids["decoder_start"] = special.bos
+    if config.model.pooling == "shifted":
+        ids["eos"] = ids["decoder_start"] = special.sep
     if config.model.position_offset:
         del ids["pad"]  # RobertaModel counts positions from it
     return {f"{role}_token_id": i for role, i in ids.items() if i is not None and i < known}
@@ -305,6 +308,8 @@ def _describe(
     rows = found.config.vocab_size
     if n_further := found.about.get("num_nextn_predict_layers"):
         lines.append(f"left out: layers that predict further tokens (config.json has {n_further})")
+    if found.unused:
+        lines.append(f"left out: {some_tensors(found.unused)}, which its class does not use")
     if found.config.n_mels and tokenizer:
         names = "".join(listed(config.data.target_prefix))
         lines.append(

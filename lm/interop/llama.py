@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lm.interop.activation_words import GATED_ACTIVATIONS
 from lm.interop.family import (
-    DECODER_HEADS,
     Family,
     UnsupportedConfig,
     Values,
-    decoder_classes,
+    decoder_heads,
     hf_word,
     lm_word,
     positive_number,
@@ -411,6 +410,8 @@ def decoder(
     *,
     norms: Mapping[str, str] = _NORMS,
     feed_forward: Sequence[TensorMapping] = DENSE,
+    heads: Collection[str] = ("classes",),
+    spans_prefix: str = "",
     **fixed: object,
 ) -> Family:
     """Build a family with Llama's tensor table.
@@ -422,6 +423,8 @@ def decoder(
         write: values of config.json from a TransformerConfig.
         norms: norm of a block by tensor name.
         feed_forward: tensor table of the feed-forward sublayer.
+        heads: heads that have a class; for these and `spans_prefix` see `decoder_heads`.
+        spans_prefix: prefix of the stack's tensors in the class of "spans".
         **fixed: additional fields with a fixed value in this family.
     """
     always = {
@@ -436,12 +439,13 @@ def decoder(
         for n, module in norms.items()
     ]
     attention = "model.layers.{}.self_attn"
+    own_heads, classes = decoder_heads(f"{name}ForCausalLM", heads, spans_prefix)
     return Family(
         model_type=model_type,
         model="decoder",
-        classes=decoder_classes(f"{name}ForCausalLM"),
+        classes=classes,
         prefix="model.",
-        heads=DECODER_HEADS,
+        heads=own_heads,
         base=lambda _: [
             same_layout("model.embed_tokens.weight", "tokens/embedding"),
             *linear_mappings(f"{attention}.q_proj", f"{ATTENTION}/query", "D", "H K"),
@@ -472,8 +476,14 @@ def decoder(
     )
 
 
-LLAMA = decoder("llama", "Llama", _read_llama, _write_llama)
-MISTRAL = decoder("mistral", "Mistral", _read_mistral, _write_mistral, attention_bias="none")
+TAGGER = ("classes", "tags")
+TASKS = ("classes", "tags", "spans")
+OLD_PREFIX = "transformer."
+
+LLAMA = decoder("llama", "Llama", _read_llama, _write_llama, heads=TASKS, spans_prefix=OLD_PREFIX)
+MISTRAL = decoder(
+    "mistral", "Mistral", _read_mistral, _write_mistral, heads=TASKS, attention_bias="none"
+)
 MIXTRAL = decoder(
     "mixtral",
     "Mixtral",
@@ -482,6 +492,23 @@ MIXTRAL = decoder(
     feed_forward=_OF_EXPERTS,
     attention_bias="none",
     expert_weights="normalized",
+    heads=TASKS,
 )
-QWEN2 = decoder("qwen2", "Qwen2", _read_qwen2, _write_qwen2, attention_bias="qkv")
-QWEN3 = decoder("qwen3", "Qwen3", _read_qwen3, _write_qwen3, qk_norm=True)
+QWEN2 = decoder(
+    "qwen2",
+    "Qwen2",
+    _read_qwen2,
+    _write_qwen2,
+    heads=TASKS,
+    spans_prefix=OLD_PREFIX,
+    attention_bias="qkv",
+)
+QWEN3 = decoder(
+    "qwen3",
+    "Qwen3",
+    _read_qwen3,
+    _write_qwen3,
+    heads=TASKS,
+    spans_prefix=OLD_PREFIX,
+    qk_norm=True,
+)

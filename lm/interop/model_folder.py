@@ -35,6 +35,7 @@ from lm.interop import (
     whisper,
 )
 from lm.interop.family import Family, Values
+from lm.interop.folder_heads import folder_heads, unused_tensors
 from lm.interop.fused_tensors import split
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
 from lm.interop.tensor_files import StoredTensor, read_tensors
@@ -105,6 +106,7 @@ class ModelFolder:
         heads: names of its heads.
         stored: tensors by name in the family's table.
         about: values of config.json.
+        unused: tensors that its class does not use, and that are left out.
     """
 
     family: Family
@@ -112,6 +114,7 @@ class ModelFolder:
     heads: frozenset[str]
     stored: Mapping[str, StoredTensor]
     about: Values
+    unused: tuple[str, ...] = ()
 
     @cached_property
     def model(self) -> nn.Module:
@@ -158,11 +161,13 @@ class ModelFolder:
         missing = [name for name in expected if name not in self.stored]
         surplus = [name for name in self.stored if name not in expected]
         if missing:
-            raise UserError(f"{where} lacks {_some(missing)} of a {self.family.model_type} model")
+            raise UserError(
+                f"{where} lacks {some_tensors(missing)} of a {self.family.model_type} model"
+            )
         if surplus:
             raise UserError(
-                f"{where} has {_some(surplus)}, which a {self.family.model_type} model with this "
-                "config.json does not have"
+                f"{where} has {some_tensors(surplus)}, which a {self.family.model_type} model with "
+                "this config.json does not have"
             )
         for name, shape in expected.items():
             self.stored[name].check_weights()
@@ -215,9 +220,7 @@ def open_model_folder(path: Path) -> ModelFolder:
     stored = _without_constants(path, family, config, stored)
     _check_further_files(path, family, config)
     _check_layers(path, config, len(stored))
-    heads = frozenset(
-        name for name, head in family.heads.items() if any(m.name in stored for m in head.mappings)
-    )
+    heads = folder_heads(family, about, stored)
     for name in heads:
         for mapping in family.heads[name].mappings:
             if mapping.paths == ("classifier/kernel",) and mapping.name in stored:
@@ -228,8 +231,10 @@ def open_model_folder(path: Path) -> ModelFolder:
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)
     config = replace(config, tie_embeddings=tied)
-    stored = _without_copies(path, family, tied, stored)
-    found = ModelFolder(family, config, heads, stored, about)
+    unused = unused_tensors(family, heads, stored)
+    stored = {name: tensor for name, tensor in stored.items() if name not in unused}
+    stored, replaced = _without_copies(path, family, tied, stored)
+    found = ModelFolder(family, config, heads, stored, about, (*unused, *replaced))
     if family.fused:
         parts = split(path, family.fused, config.n_layers, found.shapes, stored)
         found = replace(found, stored=parts)
@@ -246,12 +251,18 @@ def _read_config(folder: Path) -> Values:
 
 def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Rename tensors of bare models and old versions to the names in the table."""
-    bare = not any(name.startswith(family.prefix) for name in stored)
+    renamed = dict(family.renamed)
+    for head in family.heads.values():
+        renamed |= {f"^{re.escape(head.prefix)}": family.prefix} if head.prefix else {}
     of_heads = {m.name for head in family.heads.values() for m in head.mappings}
-    found = {}
+    found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        for pattern, new in family.renamed.items():
+        for pattern, new in renamed.items():
             name = re.sub(pattern, new, name)
+        found[name] = tensor
+    bare = not any(name.startswith(family.prefix) for name in found)
+    stored, found = found, {}
+    for name, tensor in stored.items():
         if bare and name not in {family.output, *of_heads, *family.copies}:
             name = family.prefix + name
         if not any(re.fullmatch(pattern, name) for pattern in family.ignored):
@@ -327,24 +338,25 @@ def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bo
 
 def _without_copies(
     path: Path, family: Family, tied: bool, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Drop the tensors that repeat others.
+) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Drop the tensors that repeat others; also return the names of those that others replace.
 
     In an encoder with an untied output layer the copied bias is the one in use.
     """
-    found = dict(stored)
+    found, replaced = dict(stored), []
     if tied:
         found.pop(family.output, None)
     for copy, original in family.copies.items():
         if copy not in found:
             continue
-        if not tied and family.heads:
+        if not tied and family.model == "encoder":
+            replaced += [] if _repeats(found, copy, original) else [original]
             found[original] = found.pop(copy)
         elif _repeats(found, copy, original):
             del found[copy]
         else:
             raise UserError(f"{path}: {copy} differs from {original}, which it should repeat")
-    return found
+    return found, replaced
 
 
 def _check_layers(path: Path, config: TransformerConfig, n_tensors: int) -> None:
@@ -376,6 +388,7 @@ def _check_unscaled(path: Path, config: TransformerConfig) -> None:
         )
 
 
-def _some(names: Sequence[str]) -> str:
+def some_tensors(names: Sequence[str]) -> str:
+    """Return the first of these names, and the number of others."""
     shown = f"the tensor {names[0]}"
     return shown if len(names) == 1 else f"{shown} and {len(names) - 1} more"

@@ -67,6 +67,8 @@ def initialize(model: nn.Module) -> Any:
     key = jax.random.key(0)
     if isinstance(model, EncoderDecoder):
         n_mels = model.config.n_mels
+        if model.config.pooling == "shifted":
+            return model.init(key, tokens_BL, method=_call_pair_heads)
         return model.init(key, jnp.zeros((1, 2, n_mels)) if n_mels else tokens_BL, tokens_BL)
     if isinstance(model, Encoder):
         return model.init(key, tokens_BL, method=_call_all_heads)
@@ -80,9 +82,16 @@ def _call_all_heads(model: Encoder, tokens_BL: jax.Array) -> list[jax.Array]:
     return [*of_tokens, model.next_sentence(x_BD), model.classify(x_BD)]
 
 
-def _call_decoder_heads(model: Decoder, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _call_decoder_heads(model: Decoder, tokens_BL: jax.Array) -> list[jax.Array]:
     x_BLD = model.hidden(tokens_BL)
-    return model.logits(x_BLD), model.classify(model.pooled(x_BLD, jnp.ones_like(tokens_BL)))
+    x_BD = model.pooled(x_BLD, jnp.ones_like(tokens_BL))
+    return [model.logits(x_BLD), model.spans(x_BLD), model.classify(x_BD)]
+
+
+def _call_pair_heads(model: EncoderDecoder, tokens_BL: jax.Array) -> list[jax.Array]:
+    x_BLD = model.hidden(tokens_BL)
+    x_BD = model.pooled(x_BLD, jnp.ones_like(tokens_BL))
+    return [model.logits(x_BLD), model.spans(x_BLD), model.classify(x_BD)]
 
 
 def zeros(shape: Shape, sharding: Sharding) -> jax.Array:

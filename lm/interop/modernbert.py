@@ -1,10 +1,12 @@
-"""ModernBERT (Warner et al. 2024), bare or with the masked-word head.
+"""ModernBERT (Warner et al. 2024), bare or with the heads of its classes.
 
 Files store queries, keys and values as one matrix, and so the two input projections of the gated
 feed-forward, with the activated one first.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lm.interop.activation_words import ACTIVATIONS, GATED_ACTIVATIONS
 from lm.interop.family import (
@@ -36,7 +38,9 @@ from lm.kernels.elementwise import output_activation
 from lm.models.transformer_config import TransformerConfig
 
 _SPECIAL_IDS = tuple(f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep"))
-_MASKED, _LAYERS, _LAYER = "masked", "stack/layers", "model.layers.{}"
+_TRANSFORM, _MASKED, _TAGS = "transform", "masked", "tags"
+_LAYERS, _LAYER = "stack/layers", "model.layers.{}"
+_POOLINGS = {"cls": "family", "mean": "mean"}
 
 
 def _fused(name: str, paths: list[str], n_out: str) -> list[TensorMapping]:
@@ -85,6 +89,7 @@ def _read(hf: Values) -> Values:
             "norm_bias": hf.get("norm_bias", False),
             "norm_eps": hf.get("norm_eps", 1e-5),
             "transform_bias": hf.get("classifier_bias", False),
+            "pooling": lm_word(hf, "classifier_pooling", _POOLINGS, "cls"),
             "tie_embeddings": hf.get("tie_word_embeddings", True),
             "max_length": hf.get("max_position_embeddings", 8192),
             "attention_dropout": hf.get("attention_dropout", 0.0),
@@ -118,6 +123,7 @@ def _write(config: TransformerConfig) -> Values:
         "norm_bias": config.norm_bias,
         "norm_eps": config.norm_eps,
         "classifier_bias": config.transform_bias,
+        "classifier_pooling": hf_word(config.pooling, _POOLINGS, "pooling"),
         "tie_word_embeddings": config.tie_embeddings,
         "max_position_embeddings": config.max_length,
         "attention_dropout": config.attention_dropout,
@@ -126,22 +132,35 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
+# The classes for tasks have the same names of tensors: `architectures` of config.json tells.
+_CLASSIFIER = Head(("classifier",), tuple(linear_mappings("classifier", "classifier")))
 MODERNBERT = Family(
     model_type="modernbert",
     model="encoder",
-    classes={frozenset({_MASKED}): "ModernBertForMaskedLM", frozenset(): "ModernBertModel"},
+    classes={
+        frozenset({_TRANSFORM, _MASKED}): "ModernBertForMaskedLM",
+        frozenset({_TRANSFORM, "classes"}): "ModernBertForSequenceClassification",
+        frozenset({_TRANSFORM, _TAGS}): "ModernBertForTokenClassification",
+        frozenset({_TRANSFORM, "spans"}): "ModernBertForQuestionAnswering",
+        frozenset(): "ModernBertModel",
+    },
     prefix="model.",
     base=_base,
     heads={
-        _MASKED: Head(
-            ("transform", "transform_norm", "logit_bias", "head"),
+        _TRANSFORM: Head(
+            ("transform", "transform_norm"),
             (
                 *linear_mappings("head.dense", "transform"),
                 *norm_mappings("head.norm", "transform_norm"),
-                same_layout("decoder.bias", "logit_bias/bias"),
-                output_mapping("decoder.weight"),
             ),
-        )
+        ),
+        _MASKED: Head(
+            ("logit_bias", "head"),
+            (same_layout("decoder.bias", "logit_bias/bias"), output_mapping("decoder.weight")),
+        ),
+        "classes": replace(_CLASSIFIER, of_tokens=False),
+        _TAGS: replace(_CLASSIFIER, of_tokens=True),
+        "spans": Head(("span_head",), tuple(linear_mappings("classifier", "span_head"))),
     },
     keys={
         "num_hidden_layers": "n_layers",
@@ -155,6 +174,7 @@ MODERNBERT = Family(
         "embedding_norm": True,
         "first_norm": False,
         "positions": "rotary",
+        "pooler_activation": "transform",
     },
     read=_read,
     write=_write,

@@ -13,6 +13,8 @@ from lm.interop.llama import (
     GLOBAL,
     LOCAL,
     MLP,
+    OLD_PREFIX,
+    TASKS,
     config_layer_types,
     decoder,
     one_window,
@@ -156,6 +158,7 @@ QWEN2_MOE = decoder(
     _read_qwen2_moe,
     _write_qwen2_moe,
     feed_forward=FEED_FORWARDS,
+    heads=TASKS,
     shared_expert_gate=True,
 )
 QWEN3_MOE = decoder(
@@ -164,5 +167,7 @@ QWEN3_MOE = decoder(
     _read_qwen3_moe,
     _write_qwen3_moe,
     feed_forward=FEED_FORWARDS,
+    heads=TASKS,
+    spans_prefix=OLD_PREFIX,
     qk_norm=True,
 )

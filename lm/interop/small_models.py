@@ -15,6 +15,9 @@ from lm.interop.llama import (
     GLOBAL,
     LOCAL,
     MLP,
+    OLD_PREFIX,
+    TAGGER,
+    TASKS,
     config_layer_types,
     decoder,
     has_rope,
@@ -146,10 +149,12 @@ def _write_stablelm(config: TransformerConfig) -> Values:
     }
 
 
-SMOLLM3 = decoder("smollm3", "SmolLM3", _read_smollm3, _write_smollm3)
-GRANITE = decoder("granite", "Granite", _read_granite, _write_granite)
+SMOLLM3 = decoder(
+    "smollm3", "SmolLM3", _read_smollm3, _write_smollm3, heads=TASKS, spans_prefix=OLD_PREFIX
+)
+GRANITE = decoder("granite", "Granite", _read_granite, _write_granite, heads=())
 PHI3 = replace(
-    decoder("phi3", "Phi3", _read_phi3, _write_phi3, attention_bias="none"),
+    decoder("phi3", "Phi3", _read_phi3, _write_phi3, heads=TAGGER, attention_bias="none"),
     fused={
         "model.layers.{}.self_attn.qkv_proj.weight": [
             f"model.layers.{{}}.self_attn.{part}_proj.weight" for part in "qkv"
@@ -158,5 +163,11 @@ PHI3 = replace(
     },
 )
 STABLELM = decoder(
-    "stablelm", "StableLm", _read_stablelm, _write_stablelm, norm="layernorm", norm_bias=True
+    "stablelm",
+    "StableLm",
+    _read_stablelm,
+    _write_stablelm,
+    heads=TAGGER,
+    norm="layernorm",
+    norm_bias=True,
 )

@@ -68,14 +68,31 @@ class Encoder(Model):
 
     def logits(self, x_BPD: jax.Array) -> jax.Array:
         """Return logits [B, P, V]: dense layer, norm, output matrix and bias."""
+        return self.logit_bias(super().logits(self._transformed(x_BPD)))
+
+    def _transformed(self, x: jax.Array) -> jax.Array:
         c = self.config
         act = ACTIVATIONS[output_activation(c.transform_activation, c.activation)]
-        x_BPD = self.transform_norm(act(self.transform(x_BPD).astype(c.dtype)))
-        return self.logit_bias(super().logits(x_BPD))
+        return self.transform_norm(act(self.transform(x).astype(c.dtype)))
+
+    # --- tasks
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the first token's pooled vector [B, D], after a dense layer and an activation."""
+        """Return the first token's vector [B, D], pooled by a dense layer and an activation."""
+        if self._tasks_transform:
+            return x_BLD[:, 0]
         return POOLERS[self.config.pooler_activation](self.pooler(x_BLD[:, 0]))
+
+    def classify(self, x_BD: jax.Array) -> jax.Array:
+        return super().classify(self._transformed(x_BD) if self._tasks_transform else x_BD)
+
+    def spans(self, x_BLD: jax.Array) -> jax.Array:
+        return super().spans(self._transformed(x_BLD) if self._tasks_transform else x_BLD)
+
+    @property
+    def _tasks_transform(self) -> bool:
+        """True if vectors pass the layer before the masked output first (ModernBERT)."""
+        return self.config.pooler_activation == "transform"
 
     # --- replaced tokens (ELECTRA)
 

@@ -16,6 +16,7 @@ from lm.models.cache import Cache, init_cache
 from lm.models.copying import CopyState, EncodedSource, attend_to_source, mixed_logits
 from lm.models.decoder import Model, position_table
 from lm.models.layers import make_norm
+from lm.models.task_layers import last_of_row
 from lm.models.transformer import Stack
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
@@ -139,9 +140,17 @@ class EncoderDecoder(Model):
         """Return hidden states for classification, with the text in encoder and decoder (BART)."""
         segments_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
         encoded_BLD = self.encode(tokens_BL, segments_BL, positions_BL)
+        if self.config.pooling == "shifted":
+            last_B1 = last_of_row(tokens_BL[..., None], segments_BL)
+            tokens_BL = jnp.concatenate([last_B1, tokens_BL[:, :-1]], axis=1)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
         mask = AttentionMask(True, segments_BL)
         return self.decoder(x_BLD, positions_BL, mask, None, encoded_BLD, segments_BL)[0]
+
+    def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+        """Return the vector of the last token [B, D], pooled by a dense layer if shifted."""
+        x_BD = super().summary(x_BLD, segment_ids_BL)
+        return jnp.tanh(self.pooler(x_BD)) if self.config.pooling == "shifted" else x_BD
 
     def start(self, source: jax.Array, source_segments_BS: jax.Array, length: int) -> Cache:
         """Return a cache for up to `length` target tokens that holds the encoded source."""

@@ -65,10 +65,8 @@ class Classification(Objective[RecordStore, Record]):
 
     @classmethod
     def from_config(cls, config: ConfigDict, tokenizer: Tokenizer | None) -> Classification:
-        data, around, labels = config.data, None, checked_labels(config)
-        if tokenizer is not None and tokenizer.states_template and config.model.family == "decoder":
-            around = tokenizer.template
-        return cls(data.sequence_length, labels, special_tokens(tokenizer), around)
+        around, labels = decoder_template(config, tokenizer), checked_labels(config)
+        return cls(config.data.sequence_length, labels, special_tokens(tokenizer), around)
 
     @property
     def shapes(self) -> Shapes:
@@ -159,6 +157,14 @@ class Classification(Objective[RecordStore, Record]):
     def reference(self, record: Record) -> Reference:
         label = record.raw["label"]
         return label if self.labels else float(label)
+
+
+def decoder_template(config: ConfigDict, tokenizer: Tokenizer | None) -> Template | None:
+    """Return the ids around a text for a decoder imported with its tokenizer; else None."""
+    is_decoder = config.model.family == "decoder"
+    if tokenizer is None or not tokenizer.states_template or not is_decoder:
+        return None
+    return tokenizer.template
 
 
 def checked_labels(config: ConfigDict) -> tuple[str, ...]:

@@ -78,7 +78,7 @@ class SpanQa(Objective[RecordStore, Example]):
         special: special token ids.
     """
 
-    families: ClassVar = ("encoder",)
+    families: ClassVar = ("encoder", "decoder", "encoder_decoder")
     columns: ClassVar = ("question", "context", "answers")
     task: ClassVar = "predict"
     has_perplexity: ClassVar = False

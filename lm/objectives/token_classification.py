@@ -19,9 +19,9 @@ from lm.config.registry import listed
 from lm.data.batches import Arrays
 from lm.data.record_store import Record, RecordStore
 from lm.data.special_tokens import SpecialTokens, special_tokens
-from lm.data.tokenizer import Tokenizer
+from lm.data.tokenizer import Template, Tokenizer
 from lm.errors import UserError
-from lm.objectives.classification import checked_labels
+from lm.objectives.classification import checked_labels, decoder_template
 from lm.objectives.losses import cross_entropy
 from lm.objectives.objective import (
     Answer,
@@ -38,7 +38,7 @@ OUTSIDE = "O"  # label of words outside all entities
 
 @dataclass(frozen=True)
 class TokenClassification(Objective[RecordStore, Record]):
-    """Word labels for rows "[CLS] words [SEP]".
+    """Word labels for rows "[CLS] words [SEP]"; with an imported decoder, as in `Classification`.
 
     Words beyond the end of the row, and words without tokens, are predicted as "O" (or as the first
     label).
@@ -47,9 +47,10 @@ class TokenClassification(Objective[RecordStore, Record]):
         length: row length L in tokens.
         labels: class names in the order of their scores.
         special: special token ids.
+        around: template that replaces [CLS] and [SEP], or None.
     """
 
-    families: ClassVar = ("encoder",)
+    families: ClassVar = ("encoder", "decoder")
     columns: ClassVar = ("words", "tags")
     task: ClassVar = "predict"
     has_perplexity: ClassVar = False
@@ -57,6 +58,7 @@ class TokenClassification(Objective[RecordStore, Record]):
     length: int
     labels: tuple[str, ...]
     special: SpecialTokens
+    around: Template | None = None
 
     def __post_init__(self) -> None:
         if self.length < 3:
@@ -72,7 +74,8 @@ class TokenClassification(Objective[RecordStore, Record]):
             raise UserError(
                 "--config.objective.name=token_classification needs --config.data.labels"
             )
-        return cls(data.sequence_length, checked_labels(config), special_tokens(tokenizer))
+        around, labels = decoder_template(config, tokenizer), checked_labels(config)
+        return cls(data.sequence_length, labels, special_tokens(tokenizer), around)
 
     @property
     def shapes(self) -> Shapes:
@@ -82,7 +85,11 @@ class TokenClassification(Objective[RecordStore, Record]):
 
     @property
     def n_extra_ids(self) -> int:  # type: ignore[override]
-        return self.special.n_extra_ids(self.special.cls, self.special.sep)
+        return self.special.n_extra_ids(*self._ids.before, *self._ids.after, 0)
+
+    @property
+    def _ids(self) -> Template:
+        return self.around or Template((self.special.cls,), (self.special.sep,))
 
     def examples(self, store: RecordStore, training: bool) -> RecordStore:
         """Return the store itself: each record is an example."""
@@ -95,9 +102,10 @@ class TokenClassification(Objective[RecordStore, Record]):
         The weight is 1 at the first token of a word, whose target is the word's label.
         """
         features = {name: np.zeros(*shape) for name, shape in self.shapes.items()}
-        tokens = example.tokens["words"][: self.length - 2]
-        end = len(tokens) + 2
-        features["inputs"][:end] = [self.special.cls, *tokens, self.special.sep]
+        before, after = self._ids.before, self._ids.after
+        tokens = example.tokens["words"][: self.length - len(before) - len(after)]
+        end = len(before) + len(tokens) + len(after)
+        features["inputs"][:end] = [*before, *tokens, *after]
         features["segment_ids"][:end] = 1
         tags = example.raw["tags"].split(" ")
         for column, word in self._first_tokens(example):
@@ -110,8 +118,9 @@ class TokenClassification(Objective[RecordStore, Record]):
         assert record.starts is not None
         words, firsts = np.unique(record.starts, return_index=True)
         for word, first in zip(words.tolist(), firsts.tolist(), strict=True):
-            if first + 1 < self.length - 1:
-                yield first + 1, word
+            column = len(self._ids.before) + first
+            if column < self.length - len(self._ids.after):
+                yield column, word
 
     def loss(self, model: BoundModel, batch: Batch) -> LossSums:
         """Return the cross-entropy and accuracy of labels at first tokens."""

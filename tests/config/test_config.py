@@ -103,6 +103,7 @@ COMPANIONS = {
     ("optimizer.name", "schedule_free"): {"schedule.name": "constant"},
     ("model.mixer", "disentangled"): DISENTANGLED,
     ("model.positions", "disentangled"): DISENTANGLED,
+    ("model.pooling", "shifted"): {"model.family": "encoder_decoder", "objective.name": "span_qa"},
     ("train.precision", "qat"): {"decode.weights": "int4"},
 }
 for objective in OBJECTIVES:

@@ -28,3 +28,5 @@ def test_a_config_of_sizes_alone_is_read_as_there(make_theirs):
         whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
         family = FAMILIES[kind]
         assert family.read_config(sizes) == family.read_config(whole), kind
+    types = ["full_attention", "full_attention"]
+    assert not FAMILIES["llama4_text"].read_config(sizes | {"layer_types": types}).window_chunks

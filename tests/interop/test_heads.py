@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from hf_models import (
+    BART,
     BERT,
     DEBERTA,
     ELECTRA,
@@ -13,6 +14,7 @@ from hf_models import (
     GEMMA3,
     GPT2,
     LLAMA,
+    MODERNBERT,
     ROBERTA,
     build,
     safetensors,
@@ -26,7 +28,7 @@ from lm.config.registry import listed
 from lm.errors import UserError
 from lm.interop import huggingface
 from lm.interop.import_export import run_config
-from lm.interop.model_folder import open_model_folder
+from lm.interop.model_folder import FAMILIES, open_model_folder
 from lm.models.decoder import Decoder
 from lm.models.encoder import Encoder
 from lm.models.transformer_config import TransformerConfig
@@ -63,6 +65,7 @@ def of_pooler(model, ids):
     return model.pooled(model.hidden(ids), ONES)
 
 
+ENDED = dict.fromkeys(("eos_token_id", "decoder_start_token_id"), int(IDS[0, -1]))
 GROUPED, FIVE, THREE = {"num_key_value_heads": 2}, {"num_labels": 5}, {"num_labels": 3}
 # class: (configuration, our call, objective of the run)
 HEADS = {
@@ -84,6 +87,19 @@ HEADS = {
     "DebertaV2Model": (DEBERTA, of_hidden, "masked"),
     "BertModel": (BERT, of_pooler, "masked"),
     "RobertaModel": (ROBERTA, of_pooler, "masked"),
+    "BartForSequenceClassification": (BART | ENDED | THREE, of_text, "classification"),
+    "BartForQuestionAnswering": (BART | ENDED, of_spans, "span_qa"),
+    "ModernBertForSequenceClassification": (
+        MODERNBERT | THREE | {"classifier_pooling": "mean", "classifier_bias": True},
+        of_text,
+        "classification",
+    ),
+    "ModernBertForTokenClassification": (MODERNBERT | FIVE, of_tokens, "token_classification"),
+    "ModernBertForQuestionAnswering": (MODERNBERT, of_spans, "span_qa"),
+    "LlamaForTokenClassification": (LLAMA | FIVE, of_tokens, "token_classification"),
+    "GPT2ForTokenClassification": (GPT2 | FIVE, of_tokens, "token_classification"),
+    "LlamaForQuestionAnswering": (LLAMA, of_spans, "span_qa"),
+    "MistralForQuestionAnswering": (LLAMA | GROUPED, of_spans, "span_qa"),
     "GPT2ForSequenceClassification": (GPT2 | THREE, of_text, "classification"),
     "LlamaForSequenceClassification": (LLAMA | THREE, of_text, "classification"),
     "Qwen2ForSequenceClassification": (
@@ -121,7 +137,9 @@ def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
     names = ",".join(f"LABEL_{i}" for i in range(n_labels)) if n_labels > 1 else ""
     assert config.data.labels == names
 
-    assert huggingface.save(ours, params, tmp_path / "out") == name
+    about = {key: values[key] for key in ENDED if key in values}
+    options = {"of_tokens": call is of_tokens, "about": about}
+    assert huggingface.save(ours, params, tmp_path / "out", **options) == name
     before, after = (
         safetensors.load_file(tmp_path / where / "model.safetensors") for where in ("in", "out")
     )
@@ -133,6 +151,50 @@ def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
     )
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
     np.testing.assert_allclose(their_outputs(again.eval()), their_outputs(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "left", "objective"),
+    [
+        ("BertForTokenClassification", BERT | FIVE, "bert.pooler.dense.", "token_classification"),
+        ("BertForQuestionAnswering", BERT, "cls.predictions.", "span_qa"),
+        ("RobertaForSequenceClassification", ROBERTA, "roberta.pooler.dense.", "classification"),
+        ("ModernBertForSequenceClassification", MODERNBERT, "decoder.", "classification"),
+    ],
+)
+def test_heads_left_from_pretraining_are_left_out(name, values, left, objective, tmp_path):
+    """As in released files, such as dslim/bert-base-NER and roberta-large-mnli."""
+    build(name, values).save_pretrained(tmp_path)
+    file, width = tmp_path / "model.safetensors", values["hidden_size"]
+    plain, tensors = open_model_folder(tmp_path), safetensors.load_file(file)
+    more = {f"{left}bias": np.ones(width, np.float32)}
+    if left.endswith("dense."):
+        more[f"{left}weight"] = np.ones((width, width), np.float32)
+    safetensors.save_file(tensors | more, file)
+    found = open_model_folder(tmp_path)
+    assert found.unused == tuple(more)
+    assert found.heads == plain.heads
+    assert run_config(found).objective.name == objective
+    jax.tree.map(np.testing.assert_array_equal, found.params(), plain.params())
+
+
+def test_of_two_output_biases_the_one_that_is_added_is_read(tmp_path):
+    theirs = build("BertForMaskedLM", BERT | {"tie_word_embeddings": False})
+    with torch.no_grad():
+        theirs.cls.predictions.bias += 1
+    theirs.save_pretrained(tmp_path)
+    found = open_model_folder(tmp_path)
+    assert found.unused == ("cls.predictions.bias",)
+    added = theirs.cls.predictions.decoder.bias.detach()
+    np.testing.assert_array_equal(found.params()["logit_bias"]["bias"], added)
+
+
+def test_classes_exist_and_a_missing_one_is_not_replaced():
+    for family in FAMILIES.values():
+        assert {*family.classes.values()} <= {*dir(transformers)}
+    assert FAMILIES["olmo2"].heads_of({"classifier"}, of_tokens=False) == {"classes"}
+    assert FAMILIES["olmo2"].heads_of({"classifier"}, of_tokens=True) is None
+    assert FAMILIES["llama"].heads_of({"classifier"}, of_tokens=True) == {"tags"}
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from lm.config import default
 from lm.data.record_store import build_record_store, tokenize_words
 from lm.data.records import open_records
 from lm.data.special_tokens import SpecialTokens
+from lm.data.tokenizer import Template
 from lm.data.tokenizers.basic import ByteTokenizer, WordTokenizer
 from lm.errors import UserError
 from lm.objectives.token_classification import TokenClassification
@@ -101,6 +102,11 @@ def test_the_target_of_a_word_stands_at_its_first_token(tmp_path):
     outputs = np.full((2, 8), 3)
     assert objective.answers([store], outputs) == ["B-LOC B-LOC O", "B-LOC"]
     assert objective.reference(store[0]) == "B-PER I-PER O"
+    # An imported decoder may have an id before the text and none after it.
+    objective = TokenClassification(9, LABELS, SPECIAL, Template((7,)))
+    row = objective.features(store[0], RNG)
+    assert row["inputs"].tolist() == [7, *b"Ada Byro"]
+    assert np.flatnonzero(row["weights"]).tolist() == [1, 4]
 
 
 @settings(deadline=None)

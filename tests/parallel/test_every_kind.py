@@ -42,6 +42,7 @@ def run(make_kind):
 # Experts have their own: test_experts.py. Of the classifiers the one with most around its head:
 # the other families are here with objectives of their own.
 ALONE = {"classification encoder", "classification decoder", "classification lstm"}
+ALONE |= {"token_classification decoder", "span_qa decoder", "span_qa encoder_decoder"}
 
 
 @pytest.mark.parametrize(
