@@ -101,7 +101,7 @@ class Block(nn.Module):
             mixer = MIXERS[kind.mixer](c, self.deterministic, y_BLW.shape[-1], name="attention")
             mask = replace(inputs.mask, window=c.window, is_global=layer.is_global)
             mixer_inputs = MixerInputs(mask, bias_HLS=inputs.bias_HLS)
-            if c.relative_per_layer:
+            if c.relative_per_layer and c.positions == "relative":
                 from lm.models.positions import layer_bias
 
                 mixer_inputs = layer_bias(c, mixer_inputs)

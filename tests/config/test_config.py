@@ -2,7 +2,7 @@ import re
 
 import jax
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kinds import KINDS
 from ml_collections import ConfigDict
@@ -343,6 +343,7 @@ def override(path):
 @given(
     st.lists(st.sampled_from(sorted(SCHEMA)).flatmap(override), min_size=1, max_size=3).map(dict)
 )
+@example({"model.relative_per_layer": "true"})
 def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
     try:
         built = build(configs.load_config(experiment, overrides), jax.devices()[:1])

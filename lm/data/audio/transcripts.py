@@ -65,7 +65,8 @@ def _find(argument: str, data: Any) -> list[Path]:
         if found:
             return sorted(found)
     raise UserError(
-        f"audio:{argument}: the folder has neither {', '.join(_MANIFESTS)} nor recordings"
+        f"audio:{argument}: the folder has neither {', '.join(_MANIFESTS)} nor recordings (tables "
+        "that hold them are read by parquet:FILES, arrow:FOLDER and datasets:FOLDER)"
     )
 
 

@@ -22,6 +22,7 @@ from lm.decoding.weights import prepare
 from lm.errors import UserError
 from lm.experiment import build
 from lm.tools.planning.hlo import parse_hlo
+from lm.tools.planning.program import compile_untuned
 from lm.tools.planning.serve_work import shard_bytes
 from lm.tools.planning.topologies import Topology
 from lm.tools.planning.work import memory_traffic
@@ -104,7 +105,7 @@ def plan_decoding(config: ConfigDict, topology: Topology) -> DecodePlan:
     step = jax.jit(
         partial(next_token, made.model, Sampling(0.0), Controls()), donate_argnames="state"
     )
-    compiled = step.lower(params=params, rows=rows, state=state).compile()
+    compiled = compile_untuned(step.lower(params=params, rows=rows, state=state))
     memory = compiled.memory_analysis()
     assert memory is not None
     return DecodePlan(

@@ -119,7 +119,7 @@ def compile_lowered(
         with warnings.catch_warnings():
             # A cached program cannot be loaded for devices that are not present.
             warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
-            compiled = lowered.compile()
+            compiled = compile_untuned(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             platform = experiment.mesh.devices.flat[0].platform
@@ -128,6 +128,20 @@ def compile_lowered(
         found = read_out_of_memory(str(error), time.monotonic() - start)
         return found if found.largest else replace(found, largest=_dumped_arrays(lowered))
     return program_of(compiled, experiment, time.monotonic() - start)
+
+
+def compile_untuned(lowered: Lowered) -> Compiled:
+    """Compile a program without the GPU that XLA would tune its matrix products on.
+
+    Untuned, XLA rejects products that its default tiles do not divide, as of 1,500 positions. They
+    are then left to cuBLAS.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "tile sizes" not in str(error):
+            raise
+    return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def program_of(compiled: Compiled, experiment: Experiment, seconds: float) -> Program:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lm.decoding.controls import Controls
+from lm.decoding.controls import START, Controls
 from lm.decoding.engine.engine import PagedEngine
 from lm.decoding.engine.requests import GenerationRequest
+from lm.decoding.engine.rows import ServedRow
 from lm.decoding.engine.sizes import EngineOptions
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.errors import UserError
@@ -179,6 +180,14 @@ def test_an_update_is_of_later_requests_alone(make_engine):
             found[one.request] += one.tokens
     assert [*found.values()] == [tokens for replies in expected for tokens, _ in replies]
     assert expected[0] != expected[1]
+
+
+def test_banned_sequences_may_begin_an_output():
+    banned = (1,), (START, 2), (START, 3, 4), (5, 6), (9,)
+    row = ServedRow(0, GenerationRequest((7,), 9, banned=banned), [], 0)
+    for new, expected in (([], [1, 2]), ([3], [1, 4]), ([3, 5], [1, 6]), ([3, 5, 3], [1])):
+        row.new = new
+        assert np.flatnonzero(~row.allowed(8)).tolist() == expected
 
 
 def test_proposals_beside_masks_change_no_bit(make_engine):

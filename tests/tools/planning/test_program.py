@@ -17,7 +17,12 @@ from lm.data.batches import to_device
 from lm.errors import UserError
 from lm.experiment import build, build_with_data
 from lm.tools.planning.plan import make_plan
-from lm.tools.planning.program import compile_lowered, lower, read_out_of_memory
+from lm.tools.planning.program import (
+    compile_lowered,
+    compile_untuned,
+    lower,
+    read_out_of_memory,
+)
 from lm.tools.planning.topologies import topology
 
 
@@ -119,15 +124,25 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit():
 
 
 def test_a_program_that_the_compiler_rejects_is_one_line(tiny_config):
-    """XLA:GPU finds no tiles for some products, such as those of 1,500 rows on an H100."""
-
     class Rejected:
-        def compile(self):
-            raise jax.errors.JaxRuntimeError("INTERNAL: no tile sizes\nat hlo.cc:1")
+        def compile(self, options=None):
+            raise jax.errors.JaxRuntimeError("INTERNAL: no layouts\nat hlo.cc:1")
 
     experiment = build(tiny_config(), topology("cpu:8").devices)
     with pytest.raises(UserError, match=r"^the cpu compiler rejects the program: INTERNAL: .*s$"):
         compile_lowered(Rejected(), experiment, 0.0)
+
+
+def test_products_that_untuned_tiles_do_not_divide_are_left_to_cublas():
+    """XLA:GPU finds no tiles for some, such as those of 1,500 rows on an H100."""
+
+    class WithoutTiles:
+        def compile(self, options=None):
+            if not options:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes")
+            return options
+
+    assert compile_untuned(WithoutTiles()) == {"xla_gpu_enable_triton_gemm": False}
 
 
 def test_parameters_and_optimizer_state_are_among_the_largest_arrays(tiny_config):
