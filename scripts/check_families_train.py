@@ -194,12 +194,12 @@ def decoded(workdir: Path) -> str:
     from lm.decoding.batch import search_batches
     from lm.decoding.beam import BeamOptions
     from lm.decoding.controls import Controls
-    from lm.decoding.prompts import is_encoder_decoder, source_ids
+    from lm.decoding.prompts import generates_text, is_encoder_decoder, source_ids
     from lm.decoding.sampling import Sampling, sample_steps
     from lm.models.variables import flat, nested
 
     run = load_run(workdir)
-    if not hasattr(run.model, "decode") or run.config.model.n_mels:
+    if not generates_text(run.experiment) or run.config.model.n_mels:
         return "–"
     code, printed = lm("generate", "--workdir", workdir, "--prompt", "one two", "--greedy")
     if code:
