@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -232,9 +232,6 @@ def _score_rows(
         name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         for name, x in arrays.items()
     }
-    model_config: Any = model.config  # type: ignore[attr-defined]
-    if getattr(model_config, "carry", False):
-        model = model.clone(config=replace(model_config, carry=False))
     sequence, pipeline = experiment.config.parallel.sequence, experiment.pipeline
     losses = jax.device_get(_token_losses(model, mesh, sequence, pipeline, params, batch))
     return [

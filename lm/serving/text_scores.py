@@ -21,7 +21,6 @@ from lm.data.records import BadRow
 from lm.data.special_tokens import special_tokens
 from lm.decoding.chats import chat_of
 from lm.decoding.engine.adapters import Adapters
-from lm.decoding.engine.prompt_scores import without_carry
 from lm.decoding.prompts import check_ids, context_length, pad_ids, padded_length
 from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import use_mesh
@@ -258,9 +257,7 @@ def _mean_states(
     """Return the normalized mean of the last hidden states of each text."""
     variables = as_variables(params)
     with nn.intercept_methods(adapters.interceptor(adapters_B)) if adapters else nullcontext():
-        x_BLD: Any = without_carry(model).apply(
-            variables, tokens_BL, None, segments_BL, method="hidden"
-        )
+        x_BLD: Any = model.apply(variables, tokens_BL, None, segments_BL, method="hidden")
     sums_BD = (x_BLD.astype(jnp.float32) * segments_BL[..., None]).sum(1)
     return sums_BD / jnp.maximum(jnp.linalg.norm(sums_BD, axis=-1, keepdims=True), 1e-12)
 

@@ -93,6 +93,7 @@ def test_carried_state_makes_two_windows_one_text_except_in_fresh_rows():
         np.testing.assert_allclose(found[0], whole[:, :4], atol=1e-5)
         np.testing.assert_allclose(found[1][[0, 2]], whole[[0, 2], 4:], atol=1e-5)
         np.testing.assert_allclose(found[1][1], fresh[1], atol=1e-5)
+    np.testing.assert_allclose(run(model, p, TOKENS), whole, atol=1e-6)
 
 
 def test_a_fresh_carry_ignores_what_it_replaces():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,14 +70,6 @@ def prompt_logprobs(
     return tokens
 
 
-def without_carry(model: nn.Module) -> nn.Module:
-    """Return a model whose rows start from a fresh state."""
-    config: Any = model.config  # type: ignore[attr-defined]
-    if not getattr(config, "carry", False):
-        return model
-    return model.clone(config=replace(config, carry=False))
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def _token_logprobs(
     model: nn.Module,
@@ -91,7 +82,7 @@ def _token_logprobs(
     """Return the log-probability of each token after the first, and the top tokens there."""
     adapted = nn.intercept_methods(adapters.interceptor(adapter_1)) if adapters else nullcontext()
     with adapted:
-        logits_1LV: Any = without_carry(model).apply(as_variables(params), tokens_1L)
+        logits_1LV: Any = model.apply(as_variables(params), tokens_1L)
     logprobs_LV = jax.nn.log_softmax(logits_1LV[0, :-1].astype(jnp.float32))
     of_tokens_L1 = jnp.take_along_axis(logprobs_LV, tokens_1L[0, 1:, None], axis=1)
     top_LC, ids_LC = jax.lax.top_k(logprobs_LV, n_top)

@@ -95,8 +95,8 @@ class Lstm(Recurrent):
     ) -> jax.Array:
         """Return the outputs of the last layer, [B, L, H].
 
-        With `config.carry` the first tokens continue from the end of the previous batch, stored
-        in the collection "carry".
+        With `config.carry` and a mutable collection "carry", the first tokens continue from the end
+        of the previous batch, stored in it.
 
         Args:
             tokens_BL: token ids.
@@ -105,7 +105,7 @@ class Lstm(Recurrent):
             types_BL: ignored.
             fresh_B: 1 for rows that start from state 0 instead.
         """
-        if not self.config.carry:
+        if not (self.config.carry and self.is_mutable_collection("carry")):
             return self.stack(self.tokens(tokens_BL), segment_ids_BL)[0]
         carried = self.carried(len(tokens_BL))
         fresh_B = jnp.zeros(len(tokens_BL)) if fresh_B is None else fresh_B
