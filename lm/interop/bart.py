@@ -20,6 +20,7 @@ from lm.interop.family import (
     hf_word,
     lm_word,
     require_equal,
+    states_class,
 )
 from lm.interop.tensor_mapping import (
     TensorMapping,
@@ -107,7 +108,7 @@ def write_stacks(config: TransformerConfig) -> Values:
 def _read(hf: Values) -> Values:
     scaled, ids = hf.get("scale_embedding", False), ("decoder_start_token_id", "eos_token_id")
     start, end = (hf.get(name, 2) for name in ids)
-    if start != end and {*(hf.get("architectures") or ())} & {*_TASKS.values()}:
+    if start != end and states_class(hf, _TASKS.values()):
         raise UnsupportedConfig(f"config.json: {ids[0]}={start} is not {ids[1]}={end}")
     return read_stacks(hf) | {"scale_embeddings": scaled, "tie_embeddings": True}
 

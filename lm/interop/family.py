@@ -12,6 +12,7 @@ from lm.config.model_rules import rotary_problems, rotary_width
 from lm.errors import UserError
 from lm.interop.class_defaults import CLASS_DEFAULTS
 from lm.interop.fused_tensors import Fused
+from lm.interop.tensor_files import StoredTensor
 from lm.interop.tensor_mapping import TensorMapping, linear_mappings, of_segments
 from lm.kernels.elementwise import output_activation
 from lm.models.expert_choice import has_groups, has_normalized_weights
@@ -67,6 +68,10 @@ class Head:
     prefix: str = ""
 
 
+def _unchanged(hf: Values, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return stored
+
+
 @dataclass(frozen=True)
 class Family:
     """Mapping of one `model_type`.
@@ -91,6 +96,7 @@ class Family:
         in_file: fields determined by the tensors of a file, not by config.json.
         fused: file tensors that contain several of the table (`fused_tensors.py`).
         constants: tensors with the same values in all models of a configuration.
+        adapted: returns the tensors of a file as a model of this configuration has them.
         further_files: required contents of other JSON files of a folder, by name, if they exist.
         left_out: modules that a class lacks, and that are left out.
         objective: pretraining objective, "" for the usual one of `model`.
@@ -114,6 +120,7 @@ class Family:
     in_file: Sequence[str] = ()
     fused: Fused = field(default_factory=dict)
     constants: Mapping[str, Callable[[TransformerConfig], np.ndarray]] = field(default_factory=dict)
+    adapted: Callable[[Values, dict[str, StoredTensor]], dict[str, StoredTensor]] = _unchanged
     further_files: Mapping[str, Callable[[TransformerConfig], Values]] = field(default_factory=dict)
     left_out: Sequence[str] = ()
     objective: str = ""
@@ -418,6 +425,12 @@ def positive_number(name: str, value: Any) -> float:
     if not is_number or not 0 < value < 2.0**63:
         raise UserError(f"config.json: {name}={value!r:.40} is not a positive number")
     return float(value)
+
+
+def states_class(hf: Values, names: Collection[str]) -> bool:
+    """Return whether `architectures` of config.json has one of these classes."""
+    stated = hf.get("architectures")
+    return isinstance(stated, list) and any(name in stated for name in names)
 
 
 def require_equal(hf: Values, **expected: Any) -> None:

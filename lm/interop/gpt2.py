@@ -1,11 +1,16 @@
 """GPT-2 (Radford et al. 2019): `GPT2LMHeadModel`.
 
-Its linear layers are [in, out]; one tensor contains the query, key and value projections.
+Its linear layers are [in, out]; one tensor contains the query, key and value projections. Where
+config.json divides the scores of layer i by i + 1 (the GPT-2s of Stanford CRFM), the queries are
+divided as they are read.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
@@ -16,6 +21,7 @@ from lm.interop.family import (
     lm_word,
     require_equal,
 )
+from lm.interop.tensor_files import StoredTensor
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -34,7 +40,7 @@ def _paths(leaf: str) -> tuple[str, ...]:
 
 
 def _read(hf: Values) -> Values:
-    require_equal(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    require_equal(hf, add_cross_attention=False)
     return {
         "d_ff": hf.get("n_inner") or 4 * hf["n_embd"],
         "activation": lm_word(hf, "activation_function", ACTIVATIONS, "gelu_new"),
@@ -59,6 +65,31 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
+@dataclass(frozen=True)
+class _DividedQueries(StoredTensor):
+    """Queries, keys and values, the first of which are divided by `divisor`."""
+
+    whole: StoredTensor | None = None
+    divisor: int = 1
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read the rows start … stop - 1 in float32."""
+        assert self.whole is not None
+        n = self.shape[-1]
+        divisors = np.where(np.arange(n) < n // 3, self.divisor, 1).astype(np.float32)
+        return self.whole.rows(start, stop) / (divisors if self.shape[1:] else divisors[start:stop])
+
+
+def _adapted(hf: Values, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Divide the queries of layer i by i + 1 if config.json divides its scores."""
+    found = dict(stored)
+    for name, x in stored.items() if hf.get("scale_attn_by_inverse_layer_idx") else ():
+        if layer := re.fullmatch(r"transformer\.h\.(\d{1,9})\.attn\.c_attn\.(weight|bias)", name):
+            divisor = int(layer[1]) + 1
+            found[name] = _DividedQueries(x.name, x.file, x.shape, x.type, whole=x, divisor=divisor)
+    return found
+
+
 _HEADS, _CLASSES = decoder_heads("GPT2LMHeadModel", ("classes", "tags", "spans"))
 _TAGS = replace(_HEADS["tags"], mappings=tuple(linear_mappings("classifier", "classifier")))
 GPT2 = Family(
@@ -67,6 +98,7 @@ GPT2 = Family(
     classes=_CLASSES,
     prefix="transformer.",
     heads=_HEADS | {"tags": _TAGS},
+    adapted=_adapted,
     base=lambda _: [
         same_layout("transformer.wte.weight", "tokens/embedding"),
         same_layout("transformer.wpe.weight", "positions/embedding"),

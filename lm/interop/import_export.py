@@ -100,7 +100,8 @@ def import_run(source: Path, workdir: Path, overrides: Mapping[str, str], log: L
         workdir.mkdir(parents=True, exist_ok=True)
         if tokenizer:
             tokenizer.save(workdir / "tokenizer")
-        stated = metadata | {"model_type": found.family.model_type}
+        ids = {name: i for name, i in found.about.items() if name.endswith("_token_id")}
+        stated = metadata | {"model_type": found.family.model_type, "special_ids": ids}
         write_atomically(workdir / RUN_FILE, json.dumps(stated, indent=1))
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, metadata)
     checkpoints.save(0, TrainState(step, {}, {}, {}).with_inference_params(params))
@@ -195,6 +196,7 @@ class ReadRun:
         tokenizer: its tokenizer, or None.
         steps: steps of the checkpoints whose parameters were averaged.
         model_type: architecture of `transformers` from which the run was imported; None otherwise.
+        special_ids: ids in the config.json from which it was imported.
     """
 
     config: ConfigDict
@@ -203,6 +205,7 @@ class ReadRun:
     tokenizer: Tokenizer | None
     steps: str
     model_type: str | None
+    special_ids: Mapping[str, Any]
 
     @property
     def plain_tokenizer(self) -> Tokenizer | None:
@@ -224,8 +227,10 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
         log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))
     model = make_model(config, "xla", "gather")
-    kind = (read_run_metadata(workdir) or {}).get("model_type") or _stated_type(tokenizer)
-    return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)), kind)
+    stated = read_run_metadata(workdir) or {}
+    kind = stated.get("model_type") or _stated_type(tokenizer)
+    origin = kind, stated.get("special_ids") or {}
+    return ReadRun(config, model, plain, tokenizer, ", ".join(map(str, steps)), *origin)
 
 
 def _stated_type(tokenizer: Tokenizer | None) -> str | None:
@@ -266,6 +271,8 @@ def export_run(
         about |= model_settings(plain)
     elif tokenizer:
         about |= _special_ids(config, tokenizer)
+    else:
+        about |= run.special_ids
     if "classifier" in run.params:
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
         about |= class_labels(config.model.n_classes, labels)

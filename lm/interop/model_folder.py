@@ -217,6 +217,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         method = str(quantization.get("quant_method"))
         tensors = readers.get(method, compressed_tensors.unpacked)(path, quantization, tensors)
     stored = _without_further(about, config, _by_table_name(family, tensors))
+    stored = family.adapted(about, stored)
     stored = _without_constants(path, family, config, stored)
     _check_further_files(path, family, config)
     _check_layers(path, config, len(stored))

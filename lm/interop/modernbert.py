@@ -19,6 +19,7 @@ from lm.interop.family import (
     positive_number,
     read_size,
     require_equal,
+    states_class,
 )
 from lm.interop.llama import (
     config_layer_types,
@@ -40,6 +41,12 @@ from lm.models.transformer_config import TransformerConfig
 _SPECIAL_IDS = tuple(f"{role}_token_id" for role in ("pad", "bos", "eos", "cls", "sep"))
 _TRANSFORM, _MASKED, _TAGS = "transform", "masked", "tags"
 _LAYERS, _LAYER = "stack/layers", "model.layers.{}"
+# These have the same names of tensors: `architectures` of config.json tells.
+_TASKS = {
+    frozenset({_TRANSFORM, "classes"}): "ModernBertForSequenceClassification",
+    frozenset({_TRANSFORM, _TAGS}): "ModernBertForTokenClassification",
+    frozenset({_TRANSFORM, "spans"}): "ModernBertForQuestionAnswering",
+}
 _POOLINGS = {"cls": "family", "mean": "mean"}
 
 
@@ -68,7 +75,8 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 
 def _read(hf: Values) -> Values:
-    require_equal(hf, decoder_bias=True)
+    if not states_class(hf, _TASKS.values()):
+        require_equal(hf, decoder_bias=True)
     n_layers = read_size(hf, "num_hidden_layers")
     key = "global_attn_every_n_layers"
     every = int(positive_number(key, hf.get(key, 3)))
@@ -132,17 +140,14 @@ def _write(config: TransformerConfig) -> Values:
     }
 
 
-# The classes for tasks have the same names of tensors: `architectures` of config.json tells.
 _CLASSIFIER = Head(("classifier",), tuple(linear_mappings("classifier", "classifier")))
 MODERNBERT = Family(
     model_type="modernbert",
     model="encoder",
     classes={
         frozenset({_TRANSFORM, _MASKED}): "ModernBertForMaskedLM",
-        frozenset({_TRANSFORM, "classes"}): "ModernBertForSequenceClassification",
-        frozenset({_TRANSFORM, _TAGS}): "ModernBertForTokenClassification",
-        frozenset({_TRANSFORM, "spans"}): "ModernBertForQuestionAnswering",
         frozenset(): "ModernBertModel",
+        **_TASKS,
     },
     prefix="model.",
     base=_base,

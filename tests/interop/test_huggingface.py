@@ -5,7 +5,17 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from hf_models import BY_LENGTH, DECODERS, ENCODER_DECODERS, ENCODERS, KINDS, safetensors, torch
+from hf_models import (
+    BY_LENGTH,
+    DECODERS,
+    ENCODER_DECODERS,
+    ENCODERS,
+    GPT2,
+    KINDS,
+    build,
+    safetensors,
+    torch,
+)
 
 from lm.decoding.controls import Controls
 from lm.decoding.sampling import Sampling, sample_steps
@@ -57,6 +67,13 @@ def test_a_decoder_gives_their_logits(make_theirs, name):
     else:
         expected = their_logits(theirs, ids, attention_mask=SEGMENTS)
         assert_equal_where(ours, expected, SEGMENTS == 1)
+
+
+def test_scores_divided_by_the_number_of_their_layer_are_read_so(tmp_path):
+    theirs = build("GPT2LMHeadModel", GPT2 | {"scale_attn_by_inverse_layer_idx": True})
+    theirs.save_pretrained(tmp_path)
+    ids = tokens()
+    np.testing.assert_allclose(our_logits(tmp_path, ids), their_logits(theirs, ids), atol=1e-4)
 
 
 GROWING = [
