@@ -24,7 +24,7 @@ from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
 from lm.kernels.mask_ranges import bounds_by_query, most_pairs
 
 LOG2_E = log2(2.718281828459045)
-SHORTEST_TILE = 16
+LENGTH_UNIT = 64  # lengths are padded to a multiple of it, for large tiles
 WIDEST_HEAD = 256
 
 
@@ -56,8 +56,8 @@ def triton_attention(
     """Compute attention over a key range per query.
 
     Args:
-        q_BLHK: queries; L is a multiple of SHORTEST_TILE.
-        k_BSGK: keys; S is a multiple of SHORTEST_TILE.
+        q_BLHK: queries.
+        k_BSGK: keys.
         v_BSGK: values.
         mask: which keys each query attends to; the output of a query without keys is 0.
         scale: factor of the scores.
@@ -70,12 +70,16 @@ def triton_attention(
     B, L, _, K = q_BLHK.shape
     S = k_BSGK.shape[1]
     width = pl.next_power_of_2(K)
-    pads = ((0, 0), (0, 0), (0, 0), (0, width - K))
-    q, k, v = (jnp.pad(x, pads) for x in (q_BLHK, k_BSGK, v_BSGK))
-    bounds = [jnp.broadcast_to(x, (B, L)).astype(jnp.int32) for x in bounds_by_query(mask, L, S)]
+
+    def padded(x: jax.Array, *further: tuple[int, int]) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LENGTH_UNIT), *further))
+
+    q, k, v = (padded(x, (0, 0), (0, width - K)) for x in (q_BLHK, k_BSGK, v_BSGK))
+    ranges = (jnp.broadcast_to(x, (B, L)) for x in bounds_by_query(mask, L, S))
+    bounds = [padded(x.astype(jnp.int32)) for x in ranges]  # no key for added queries
     with jax.named_scope(f"attention_pairs_{most_pairs(mask, L, S)}"):
         out = _attention(q, k, v, *bounds, Scores(scale, softcap, interpret))
-    return out[..., :K]
+    return out[:, :L, :, :K]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -382,7 +382,7 @@ def _gpu_problems(
 ) -> Iterator[str]:
     """Yield what prevents a kernel from running on a GPU, or makes cuDNN a bad choice there."""
     from lm.kernels.gpu_attention import TILE, capability_problem, gpu_library_problems
-    from lm.kernels.triton_attention import SHORTEST_TILE, WIDEST_HEAD
+    from lm.kernels.triton_attention import WIDEST_HEAD
 
     model = config.model
     head_dim = max(MIXERS[model.mixer].head_widths(model))
@@ -395,17 +395,14 @@ def _gpu_problems(
             yield f"--config.model.head_dim={head_dim} (up to {WIDEST_HEAD})"
     else:
         yield from gpu_library_problems(kernel, head_dim, capability)
-    if kernel == "cudnn":
-        # If named, it gets them as an array over all pairs; in a ring as lengths.
-        if model.attention == "auto" and not ring and _has_segments(config):
-            yield "several texts or padding in a row"
-        return
-    tile = TILE if kernel == "tokamax" else 4 * SHORTEST_TILE
-    for name, length in lengths.items():
-        if kernel == "tokamax" and model.attention == "auto" and 0 < 4 * model.window <= length:
+    # If named, cuDNN gets them as an array over all pairs; in a ring as lengths.
+    if kernel == "cudnn" and model.attention == "auto" and not ring and _has_segments(config):
+        yield "several texts or padding in a row"
+    for name, length in lengths.items() if kernel == "tokamax" else ():
+        if model.attention == "auto" and 0 < 4 * model.window <= length:
             yield f"--config.model.window={model.window} (backward it does all of {length} tokens)"
-        if length % tile:
-            yield f"{name}: {length} tokens, not a multiple of {tile}"
+        if length % TILE:
+            yield f"{name}: {length} tokens, not a multiple of {TILE}"
 
 
 def _has_segments(config: ConfigDict) -> bool:

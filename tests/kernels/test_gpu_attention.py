@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -32,9 +33,9 @@ MASKS = {
 }
 
 
-def as_array(mask):
-    found = mask.materialize(L, L)
-    return np.ones((1, L, L), bool) if found is None else np.asarray(found)
+def as_array(mask, n_queries=L, n_keys=L):
+    found = mask.materialize(n_queries, n_keys)
+    return np.ones((1, n_queries, n_keys), bool) if found is None else np.asarray(found)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -59,23 +60,29 @@ def test_cudnn_describes_masks_without_segments_and_prefixes():
 
 
 @pytest.mark.parametrize(
-    ("name", "softcap", "head_dim"),
+    ("name", "softcap", "head_dim", "lengths"),
     [
-        ("causal", 0.0, 16),
-        ("packed", 0.0, 24),
-        ("packed window", 5.0, 16),
-        ("prefix", 0.0, 16),
-        ("encoder", 5.0, 16),
-        ("cross", 0.0, 16),
+        ("causal", 0.0, 16, (L, L)),
+        ("packed", 0.0, 24, (45, 45)),
+        ("packed window", 5.0, 16, (L, L)),
+        ("prefix", 0.0, 16, (L, L)),
+        ("encoder", 5.0, 16, (L, L)),
+        ("cross", 0.0, 16, (50, 33)),
     ],
 )
-def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim):
+def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengths):
     """Queries without any key, which plain attention gives the mean, are left out."""
-    mask = MASKS[name]
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(B, L, n, head_dim) for n in (4, 2, 2, 4)]
+    mask, keys = MASKS[name], jax.random.split(jax.random.key(0), 4)
+    for field, n in zip(("segments_BL", "key_segments_BS"), lengths, strict=True):
+        if (segments := getattr(mask, field)) is not None:
+            mask = replace(mask, **{field: segments[:, :n]})
+    n_queries, n_keys = lengths
+    shapes = (
+        *((B, n_queries, 4, head_dim), (B, n_keys, 2, head_dim)),
+        *((B, n_keys, 2, head_dim), (B, n_queries, 4, head_dim)),
+    )
     q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    sees = jnp.asarray(as_array(mask).any(2))[:, :, None, None]
+    sees = jnp.asarray(as_array(mask, *lengths).any(2))[:, :, None, None]
     kernel = partial(triton_attention, interpret=True)
 
     def out_and_gradients(attend):
