@@ -155,6 +155,7 @@ class MambaOptions:
     ssm_chunk: int = option(
         64, "Mamba-2: tokens of a chunk, all pairs of which are multiplied at once.", low=1
     )
+    ssm_bias: bool = option(False, "Mamba-2: biases of the projections.")
 
 
 MIXERS = Registry(

@@ -278,7 +278,7 @@ _FLAGS = frozenset(
         *("norm_topk_prob", "rope_interleave", "scale_attn_weights", "scale_decoder_outputs"),
         *("use_qk_norm", "attn_temperature_tuning", "use_qkv_bias"),
         *("scale_attn_by_inverse_layer_idx", "use_bidirectional_attention", "is_decoder"),
-        *("classifier_bias", "decoder_bias", "norm_bias"),
+        *("classifier_bias", "decoder_bias", "norm_bias", "use_bias", "mamba_proj_bias"),
     }
 )
 

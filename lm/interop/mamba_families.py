@@ -69,21 +69,22 @@ def _fused(hf: str) -> dict[str, list[str]]:
     """Return the tensors of `_mixer` that a file stores as one."""
     parts = {
         "in_proj.weight": [f"{part}.weight" for part in ("gate", *_INPUTS, "step")],
+        "in_proj.bias": [f"{part}.bias" for part in ("gate", *_INPUTS, "step")],
         "conv1d.weight": [f"{part}.taps" for part in _INPUTS],
         "conv1d.bias": [f"{part}.tap_bias" for part in _INPUTS],
     }
     return {f"{hf}.{name}": [f"{hf}.{part}" for part in own] for name, own in parts.items()}
 
 
-def _read_mixer(hf: Values, names: dict[str, str]) -> Values:
-    """Read the sizes of the mixer; `names` maps keys of config.json to their fields."""
+def _read_mixer(hf: Values, names: dict[str, str], bias: str) -> Values:
+    """Read the mixer; `names` maps sizes in config.json to their fields, `bias` is a key."""
     sizes = {field: read_size(hf, name) for name, field in names.items()}
     if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
         raise UnsupportedConfig(f"config.json: sizes of Mamba-2 that do not fit: {sizes}")
     if hf.get("time_step_limit") not in _UNLIMITED:
         raise UnsupportedConfig(f"config.json: time_step_limit={hf['time_step_limit']}")
     lm_word(hf, "hidden_act", {"silu": "silu", "swish": "silu"}, "silu")
-    return {"mixer_options": MambaOptions(**sizes)}
+    return {"mixer_options": MambaOptions(**sizes, ssm_bias=bool(hf.get(bias)))}
 
 
 def _options(config: TransformerConfig) -> MambaOptions:
@@ -110,9 +111,8 @@ _DEFAULTS = {
 
 def _read_mamba2(hf: Values) -> Values:
     hf = _DEFAULTS | hf
-    require_equal({"use_bias": False, "use_conv_bias": True} | hf, use_bias=False)
     require_equal({"use_conv_bias": True} | hf, use_conv_bias=True)
-    found = _read_mixer(hf, _SIZES)
+    found = _read_mixer(hf, _SIZES, "use_bias")
     o = found["mixer_options"]
     require_equal({"expand": 2} | hf, expand=o.ssm_heads * o.ssm_head_dim / hf["hidden_size"])
     return found | {
@@ -131,7 +131,7 @@ def _write_mamba2(config: TransformerConfig) -> Values:
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
-        "use_bias": False,
+        "use_bias": o.ssm_bias,
         "use_conv_bias": True,
     }
 
@@ -189,12 +189,11 @@ _BAMBA_DEFAULTS = {
 
 def _read_bamba(hf: Values) -> Values:
     hf = _BAMBA_DEFAULTS | hf
-    require_equal(hf, mamba_proj_bias=False)
     require_equal(hf, mamba_conv_bias=True)
     width = read_size(hf, "mamba_expand") * read_size(hf, "hidden_size")
     if hf["mamba_d_head"] == "auto":
         hf["mamba_d_head"] = width // max(1, read_size(hf, "mamba_n_heads"))
-    found = _read_mixer(hf, _BAMBA_SIZES)
+    found = _read_mixer(hf, _BAMBA_SIZES, "mamba_proj_bias")
     o, layers = found["mixer_options"], hf.get("attn_layer_indices") or []
     require_equal({"width": o.ssm_heads * o.ssm_head_dim}, width=width)
     n_layers = read_size(hf, "num_hidden_layers")
@@ -223,7 +222,7 @@ def _write_bamba(config: TransformerConfig) -> Values:
         | {name: getattr(o, field) for name, field in _BAMBA_SIZES.items()}
         | {
             "mamba_expand": int(expand),
-            "mamba_proj_bias": False,
+            "mamba_proj_bias": o.ssm_bias,
             "mamba_conv_bias": True,
             "attn_layer_indices": [int(i) for i in c.attention_layers],
             "mlp_bias": c.bias,

@@ -75,7 +75,8 @@ class Mamba2(TokenMixer):
 
         def linear(shape: tuple[int, ...], *names: str) -> Linear:
             init = c.kernel_init(c.std(self.width, int(np.prod(shape))))
-            return Linear((self.width,), shape, ("embed", *names), role, False, init, c.dtype)
+            names = "embed", *names
+            return Linear((self.width,), shape, names, role, o.ssm_bias, init, c.dtype)
 
         heads = sizes["x"]
         axes = _NAMES
@@ -95,7 +96,8 @@ class Mamba2(TokenMixer):
         norm = Role(Kind.NORM, c.stream)
         self.scale = param(self, "scale", jax.nn.initializers.ones, heads, axes["x"], norm)
         out = c.kernel_init(c.residual_std(int(np.prod(heads)), c.d_model))
-        self.output = Linear(heads, (c.d_model,), (*axes["x"], "embed"), role, False, out, c.dtype)
+        names = *axes["x"], "embed"
+        self.output = Linear(heads, (c.d_model,), names, role, o.ssm_bias, out, c.dtype)
 
     def __call__(
         self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None

@@ -426,12 +426,14 @@ DECODERS |= {
         "Mamba2ForCausalLM",
         MAMBA2
         | {"n_groups": 4, "conv_kernel": 3, "expand": 1, "num_heads": 4}
-        | {"tie_word_embeddings": False},
+        | {"tie_word_embeddings": False, "use_bias": True},
     ),
     "bamba": ("BambaForCausalLM", BAMBA),
     "bamba-groups": (
         "BambaForCausalLM",
-        BAMBA | {"attn_layer_indices": [0, 2], "mamba_n_groups": 2, "attention_bias": True},
+        BAMBA
+        | {"attn_layer_indices": [0, 2], "mamba_n_groups": 2}
+        | {"attention_bias": True, "mamba_proj_bias": True},
     ),
 }
 ENCODER_DECODERS = {
