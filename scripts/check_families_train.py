@@ -190,18 +190,22 @@ def decoded(workdir: Path) -> str:
     import jax
 
     from lm.api import load_run
+    from lm.data.audio.audio_inputs import recording_sources
     from lm.data.special_tokens import special_tokens
     from lm.decoding.batch import search_batches
     from lm.decoding.beam import BeamOptions
     from lm.decoding.controls import Controls
-    from lm.decoding.prompts import generates_text, is_encoder_decoder, source_ids
+    from lm.decoding.prompts import generates_text, input_role, is_encoder_decoder, source_ids
     from lm.decoding.sampling import Sampling, sample_steps
     from lm.models.variables import flat, nested
 
     run = load_run(workdir)
-    if not generates_text(run.experiment) or run.config.model.n_mels:
+    if not generates_text(run.experiment):
         return "–"
-    code, printed = lm("generate", "--workdir", workdir, "--prompt", "one two", "--greedy")
+    hears = input_role(run.model) == "audio"
+    folder = Path(run.config.data.source.partition(":")[2]).parent
+    prompt = folder / "0.wav" if hears else "one two"
+    code, printed = lm("generate", "--workdir", workdir, "--prompt", prompt, "--greedy")
     if code:
         return printed
     rng = np.random.default_rng(0)
@@ -214,7 +218,9 @@ def decoded(workdir: Path) -> str:
     experiment, own = run.decoding
     ids = [int(i) for i in run.tokenizer.encode("one two three")]
     if is_encoder_decoder(run.model):
-        source = source_ids(run.tokenizer, "one two three", run.config.data.sequence_length)
+        source: Any = source_ids(run.tokenizer, "one two three", run.config.data.sequence_length)
+        if hears:
+            source = np.asarray(recording_sources([str(prompt)], run.config.data)[0])
         options = BeamOptions.from_config(run.config, run.tokenizer)
         ((best, *_),) = search_batches(experiment, own, run.tokenizer, [source], options)
         written = [int(i) for i in best.tokens]
