@@ -1,4 +1,4 @@
-"""Defaults of `transformers` 5 configuration classes for keys missing in config.json.
+"""Defaults of `transformers` 5 configuration classes for keys missing in config.json, and aliases.
 
 By `model_type`; what is missing here is null or false there, or follows from other values.
 """
@@ -315,4 +315,24 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
     | {"mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1}
     | {"mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 256}
     | {"mamba_conv_bias": True, "mamba_proj_bias": False},
+}
+
+_SIZES = {"hidden_size": "d_model", "num_attention_heads": "num_heads"}
+_OF_T5 = _SIZES | {"num_hidden_layers": "num_layers", "head_dim": "d_kv"}
+_OF_BART = _SIZES | {"num_attention_heads": "encoder_attention_heads"}
+_OF_BART |= {"num_hidden_layers": "encoder_layers"}
+_EXPERTS = {"num_experts": "num_local_experts"}
+# Further names of keys (`attribute_map` there), of families that do not read both themselves.
+ALIASES: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    **dict.fromkeys(("t5", "mt5", "umt5"), _OF_T5),
+    **dict.fromkeys(("bart", "whisper"), _OF_BART),
+    **dict.fromkeys(("mixtral", "gpt_oss"), _EXPERTS),
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
+    "deepseek_v3": {"num_local_experts": "n_routed_experts"},
 }

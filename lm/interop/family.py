@@ -10,7 +10,7 @@ import numpy as np
 
 from lm.config.model_rules import rotary_problems, rotary_width
 from lm.errors import UserError
-from lm.interop.class_defaults import CLASS_DEFAULTS
+from lm.interop.class_defaults import ALIASES, CLASS_DEFAULTS
 from lm.interop.fused_tensors import Fused
 from lm.interop.tensor_files import StoredTensor
 from lm.interop.tensor_mapping import TensorMapping, linear_mappings, of_segments
@@ -131,7 +131,9 @@ class Family:
         Raises:
             UserError: a key is missing, or its value is not supported.
         """
-        hf = {**CLASS_DEFAULTS.get(self.model_type, {}), **hf}
+        aliases = ALIASES.get(self.model_type, {})
+        other = {key: hf[name] for name, key in aliases.items() if hf.get(name) is not None}
+        hf = {**CLASS_DEFAULTS.get(self.model_type, {}), **other, **hf}
         _check_flags(hf)
         found: Values = {field: read_size(hf, name) for name, field in self.keys.items()}
         _check_layers(found["n_layers"])

@@ -41,8 +41,10 @@ def folder_heads(family: Family, about: Values, names: Collection[str]) -> froze
 
 
 def unused_tensors(family: Family, heads: Collection[str], names: Collection[str]) -> list[str]:
-    """Return the tensors of heads that a folder's class lacks; for arguments see there."""
+    """Return the tensors of heads that a folder's class lacks; for arguments see `folder_heads`."""
     used = {m.name for name in heads for m in family.heads[name].mappings}
     other = {m.name for head in family.heads.values() for m in head.mappings} - used
+    if any(family.heads[name].replaces_output for name in heads):
+        other.add(family.output)
     other |= {copy for copy, of in family.copies.items() if of in other}
     return sorted(other.intersection(names))

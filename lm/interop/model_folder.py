@@ -222,6 +222,8 @@ def open_model_folder(path: Path) -> ModelFolder:
     _check_further_files(path, family, config)
     _check_layers(path, config, len(stored))
     heads = folder_heads(family, about, stored)
+    unused = unused_tensors(family, heads, stored)
+    stored = {name: tensor for name, tensor in stored.items() if name not in unused}
     for name in heads:
         for mapping in family.heads[name].mappings:
             if mapping.paths == ("classifier/kernel",) and mapping.name in stored:
@@ -232,8 +234,6 @@ def open_model_folder(path: Path) -> ModelFolder:
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)
     config = replace(config, tie_embeddings=tied)
-    unused = unused_tensors(family, heads, stored)
-    stored = {name: tensor for name, tensor in stored.items() if name not in unused}
     stored, replaced = _without_copies(path, family, tied, stored)
     found = ModelFolder(family, config, heads, stored, about, (*unused, *replaced))
     if family.fused:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hf_models import transformers
 
-from lm.interop.class_defaults import CLASS_DEFAULTS
+from lm.interop.class_defaults import ALIASES, CLASS_DEFAULTS
 from lm.interop.model_folder import FAMILIES
 
 
@@ -15,6 +15,21 @@ def test_a_missing_value_is_that_of_the_class(kind):
     stated = {f.name: f.default for f in fields}
     for name, value in CLASS_DEFAULTS[kind].items():
         assert stated.get(name, value) == value, name
+
+
+@pytest.mark.parametrize("kind", ALIASES)
+def test_aliases_are_those_of_the_class_and_are_read(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    assert ALIASES[kind].items() <= config.attribute_map.items()
+    whole, named = config.to_dict(), {key: name for name, key in ALIASES[kind].items()}
+    family = FAMILIES[kind]
+    other = {named.get(key, key): value for key, value in whole.items()}
+    assert other.keys() != whole.keys()
+    sizes = {key: whole[key] // 2 for key in named if "heads" not in key}
+    new = {"num_experts_per_tok": 2} if "experts" in str(named) else {}
+    assert family.read_config(other | new | {named[key]: n for key, n in sizes.items()}) == (
+        family.read_config(whole | new | sizes)
+    )
 
 
 def test_every_family_has_defaults():

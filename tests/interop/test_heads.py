@@ -160,6 +160,7 @@ def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
         ("BertForQuestionAnswering", BERT, "cls.predictions.", "span_qa"),
         ("RobertaForSequenceClassification", ROBERTA, "roberta.pooler.dense.", "classification"),
         ("ModernBertForSequenceClassification", MODERNBERT, "decoder.", "classification"),
+        ("LlamaForSequenceClassification", LLAMA | THREE, "lm_head.", "classification"),
     ],
 )
 def test_heads_left_from_pretraining_are_left_out(name, values, left, objective, tmp_path):
@@ -167,8 +168,8 @@ def test_heads_left_from_pretraining_are_left_out(name, values, left, objective,
     build(name, values).save_pretrained(tmp_path)
     file, width = tmp_path / "model.safetensors", values["hidden_size"]
     plain, tensors = open_model_folder(tmp_path), safetensors.load_file(file)
-    more = {f"{left}bias": np.ones(width, np.float32)}
-    if left.endswith("dense."):
+    more = {f"{left}bias": np.ones(width, np.float32)} if left != "lm_head." else {}
+    if left.endswith(("dense.", "head.")):
         more[f"{left}weight"] = np.ones((width, width), np.float32)
     safetensors.save_file(tensors | more, file)
     found = open_model_folder(tmp_path)
