@@ -67,7 +67,8 @@ def test_cudnn_describes_masks_without_segments_and_prefixes():
         ("packed window", 5.0, 16, (L, L)),
         ("prefix", 0.0, 16, (L, L)),
         ("encoder", 5.0, 16, (L, L)),
-        ("cross", 0.0, 16, (50, 33)),
+        ("cross", 0.0, 16, (L, L)),
+        ("full", 0.0, 16, (50, 33)),
     ],
 )
 def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengths):

@@ -77,8 +77,9 @@ class Recordings(Records):
     def _same_named(self, row: Row) -> dict[str, str]:
         found = self._named(row)
         if missing := [name for name, column in found.items() if column not in row.values]:
+            there = getattr(self.source, "column_names", row.values)  # also columns not read
             raise UserError(
-                f"{row.where}: no column {missing[0]!r} (available: {', '.join(row.values)}): set "
+                f"{row.where}: no column {missing[0]!r} (available: {', '.join(there)}): set "
                 f"--config.data.columns={missing[0]}=NAME"
             )
         return found
@@ -105,6 +106,7 @@ class Recordings(Records):
 def _name_and_content(row: Row, column: str) -> tuple[Any, bytes | None]:
     """Return the path of a row's recording, or the row's place for one without, and its bytes."""
     value = field_value(row.values, column)
+    value = {"bytes": value} if isinstance(value, bytes) else value
     if not isinstance(value, Mapping) or not value.keys() & {"bytes", "path"}:
         return value, None
     name, content = value.get("path"), value.get("bytes")

@@ -44,7 +44,8 @@ class AudioFiles(RowFiles):
     def _located(self, path: Path, values: dict[str, Any]) -> dict[str, Any]:
         """Return a row's values, the recording's path relative to the working directory."""
         column = next((name for name in self._columns if name in values), "")
-        name = values.get(column)
+        value = values.get(column)
+        name = value.get("path") if isinstance(value, dict) else value  # of `datasets.Audio`
         if not isinstance(name, str) or not name.strip() or "\0" in name:
             return values
         place = name if "://" in name else str(path.parent / name)

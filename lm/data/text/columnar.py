@@ -111,19 +111,20 @@ class ColumnFiles(RowDocuments, RecordSource):
     @cached_property
     def has_answers(self) -> bool:  # type: ignore[override]
         """True if rows are questions with answers, in the SQuAD format of `datasets`."""
-        return not self.columns and is_qa(self._names)
+        return not self.columns and is_qa(self.column_names)
 
     @cached_property
-    def _names(self) -> set[str]:
+    def column_names(self) -> list[str]:
         """Column names of the first file."""
         with self._open(self.files[0], ()) as table:
-            return set(table.schema.names)
+            return list(table.schema.names)
 
     @property
     def _record_columns(self) -> tuple[str, ...]:
         named = tuple(column for _, column in parse_columns(self.columns))
         known = _QA_COLUMNS if self.has_answers else self.known_columns
-        return named + tuple(name for name in known if name in self._names and name not in named)
+        there = set(self.column_names).difference(named)
+        return named + tuple(name for name in known if name in there)
 
     def documents(self, path: Path, groups: range | None = None) -> Iterator[Chunk]:
         """Yield the documents of a file, or of some Parquet row groups."""

@@ -76,6 +76,9 @@ def test_forms_of_a_source(spoken, make_store, tmp_path):
     assert texts("audio:spoken/a.tsv", **by_index) == expected
     absolute = [json.dumps(row | {"audio": str(spoken / row["audio"])}) for row in rows]
     (tmp_path / "b.jsonl").write_text("\n".join(absolute))
+    nested = [json.dumps(row | {"audio": {"path": row["audio"], "bytes": None}}) for row in rows]
+    (spoken / "nested.jsonl").write_text("\n".join(nested))
+    assert texts("audio:spoken/nested.jsonl") == expected
     assert texts("audio:b.jsonl") == texts("jsonl:b.jsonl") == expected
     for chapter, ids in (("1/2", (0, 1)), ("1/3", (2, 3))):
         place = tmp_path / "libri" / chapter
@@ -168,6 +171,8 @@ def test_tables_may_hold_the_recordings(spoken, make_store, make_data, tmp_path,
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_array_equal(a.features["audio"], b.features["audio"])
             assert a.raw["target"] == b.raw["target"]
+    with pytest.raises(UserError, match=r"no column 'target' \(available: audio, sentence\): set"):
+        make_store("parquet:t.parquet")
     names = [record.raw["audio"] for record in found]
     assert names[:2] == [f"{tmp_path}/t.parquet: row 1", "a/é.flac"]
     digest = open_records("parquet:t.parquet", make_data(), "train", COLUMNS).digest
@@ -177,6 +182,10 @@ def test_tables_may_hold_the_recordings(spoken, make_store, make_data, tmp_path,
     paths = [{"bytes": None, "path": str(spoken / row["audio"])} for row in rows]
     write(paths, text=texts)
     assert len(make_store("parquet:t.parquet")) == 4
+    write(contents, text=texts)
+    assert [len(record.features["audio"]) for record in make_store("parquet:t.parquet")] == [
+        len(record.features["audio"]) for record in expected
+    ]
     heard[0] = {"bytes": b"RIFF", "path": "x.wav"}
     heard[3] = None
     write(heard, text=texts)
