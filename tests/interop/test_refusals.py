@@ -10,6 +10,7 @@ from hf_models import KINDS, config_of, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.config import validate
 from lm.errors import UserError
 from lm.interop import huggingface
 from lm.interop.import_export import run_config
@@ -353,7 +354,9 @@ def test_layers_without_positions_need_no_window(tmp_path, kind):
     stated = "llama4_text" if kind == "Llama4" else None
     found = huggingface.save(model, params, tmp_path / "out", model_type=stated)
     assert found == f"{kind}ForCausalLM"
-    assert run_config(open_model_folder(tmp_path / "out")).model.nope_every == 4
+    config = run_config(open_model_folder(tmp_path / "out"))
+    validate(config)
+    assert config.model.nope_every == 4
 
 
 def test_how_a_model_began_does_not_matter(tmp_path):
