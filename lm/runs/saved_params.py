@@ -162,10 +162,10 @@ def restore_params(
             )
     beside = {path: x for path, x in checkpoints[0].frozen.items() if path in shapes}
     found = {**checkpoints[0].shapes, **beside}
+    infos = experiment.param_infos.items()
+    heads = {path for path, info in infos if info.role.part in ("pretraining", "task")}
+    heads |= {path for path in shapes if path.partition("/")[0] in TRAINING_ONLY}
     if heads_optional:
-        infos = experiment.param_infos.items()
-        heads = {path for path, info in infos if info.role.part in ("pretraining", "task")}
-        heads |= {path for path in shapes if path.partition("/")[0] in TRAINING_ONLY}
         modules = {path.partition("/")[0] for path in shapes}
         shapes = {path: x for path, x in shapes.items() if path in found or path not in heads}
         found = {path: x for path, x in found.items() if path.partition("/")[0] in modules}
@@ -174,6 +174,11 @@ def restore_params(
             raise UserError(
                 f"the run in {storage_path(workdir)} has no frozen model, which "
                 f"--config.objective.name={experiment.config.objective.name} compares with"
+            )
+        if path in heads - found.keys():
+            raise UserError(
+                f"the run in {storage_path(workdir)} has no {path}, which "
+                f"--config.objective.name={experiment.config.objective.name} trains"
             )
         if path not in shapes or path not in found or shapes[path].shape != found[path].shape:
             raise UserError(

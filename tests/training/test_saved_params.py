@@ -167,6 +167,7 @@ def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
             inference_shapes=nested(shapes),
             inference_sharding=nested(dict.fromkeys(shapes, ONE)),
             param_infos=infos,
+            config=SimpleNamespace(objective=SimpleNamespace(name="masked")),
         )
         params, _ = restore_params(experiment, source, print, **options)
         return flat(params)
@@ -175,10 +176,10 @@ def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
     assert restore(head, "pretraining", heads_optional=True).keys() == {*SHAPES, *state}
     generator = {"generator/stack/layers/out/kernel": (2, 4)}
     assert restore(generator, "body", heads_optional=True).keys() == {*SHAPES, *state}
-    for extra, part, options in (
-        (head, "pretraining", {}),
-        (head, "body", {"heads_optional": True}),
-        ({"pooler/bias": (4,)}, "task", {"heads_optional": True}),
+    for extra, part, options, expected in (
+        (head, "pretraining", {}, "has no logit_bias/bias, which --config.objective.name=masked"),
+        (head, "body", {"heads_optional": True}, "logit_bias/bias differs from the run"),
+        ({"pooler/bias": (4,)}, "task", {"heads_optional": True}, "pooler/kernel differs from the"),
     ):
-        with pytest.raises(UserError, match="differs from the run"):
+        with pytest.raises(UserError, match=expected):
             restore(extra, part, **options)
