@@ -142,6 +142,7 @@ GEMMA3 = GEMMA | {
     "num_hidden_layers": 5,
     "sliding_window": 4,
     "query_pre_attn_scalar": 7,
+    "attn_logit_softcapping": 3.0,  # which transformers does not apply
     "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     "rope_parameters": {
         "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
