@@ -99,14 +99,29 @@ def _read_phi3(hf: Values) -> Values:
         kind = rope.get("rope_type") or rope.get("type")
         older = {"su": "longrope", "yarn": "longrope"}
         hf[name] = rope | {"rope_type": older.get(kind, kind) if isinstance(kind, str) else kind}
+    found = read_rope(hf, partial=1.0)
     return (
         read_common(hf)
-        | read_rope(hf, partial=1.0)
+        | found
+        | _even_rotation(hf, found)
         | one_window(hf, None)
         | {
             "dropout": hf.get("resid_pdrop", 0.0),
         }
     )
+
+
+def _even_rotation(hf: Values, found: Values) -> Values:
+    """Return the part of a head, and the theta, that rotate as an odd number of dimensions does.
+
+    transformers then rotates one more, at the frequencies of the odd number.
+    """
+    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    width = int(head * found["rope_fraction"])
+    if width % 2 == 0 or found["rope_scaling"] not in ("none", "linear", "llama3"):
+        return {}
+    theta = found["rope_theta"] ** ((width + 1) / width)
+    return {"rope_fraction": (width + 1) / head, "rope_theta": theta}
 
 
 def _write_phi3(config: TransformerConfig) -> Values:

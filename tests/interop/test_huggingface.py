@@ -12,6 +12,7 @@ from hf_models import (
     ENCODERS,
     GPT2,
     KINDS,
+    LLAMA,
     build,
     safetensors,
     torch,
@@ -69,8 +70,18 @@ def test_a_decoder_gives_their_logits(make_theirs, name):
         assert_equal_where(ours, expected, SEGMENTS == 1)
 
 
-def test_scores_divided_by_the_number_of_their_layer_are_read_so(tmp_path):
-    theirs = build("GPT2LMHeadModel", GPT2 | {"scale_attn_by_inverse_layer_idx": True})
+ODD = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("GPT2LMHeadModel", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
+        ("Phi3ForCausalLM", LLAMA | {"rope_parameters": ODD, "pad_token_id": None}),  # 3 of 8
+    ],
+)
+def test_a_setting_that_other_values_express_is_read_as_them(tmp_path, name, values):
+    theirs = build(name, values)
     theirs.save_pretrained(tmp_path)
     ids = tokens()
     np.testing.assert_allclose(our_logits(tmp_path, ids), their_logits(theirs, ids), atol=1e-4)
