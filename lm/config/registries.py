@@ -151,7 +151,9 @@ class MambaOptions:
     ssm_groups: int = option(
         1, "Mamba-2: groups of heads that share what states are written and read by.", low=1
     )
-    ssm_conv: int = option(4, "Mamba-2: tokens that the convolution sees, its own included.", low=2)
+    ssm_conv: int = option(
+        4, "Mamba-2: tokens that the convolution sees, its own included.", low=2, high=256
+    )
     ssm_chunk: int = option(
         64, "Mamba-2: tokens of a chunk, all pairs of which are multiplied at once.", low=1
     )

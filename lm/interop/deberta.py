@@ -67,7 +67,7 @@ def _read(hf: Values) -> Values:
     require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_kernel_size=0, legacy=True)
     kinds = hf.get("pos_att_type") or ""
     kinds = kinds.split("|") if isinstance(kinds, str) else kinds
-    if {kind.strip() for kind in kinds} != _PAIR:
+    if not isinstance(kinds, list) or {str(kind).strip() for kind in kinds} != _PAIR:
         raise UnsupportedConfig(f"config.json: pos_att_type={kinds} is not supported, only c2p|p2c")
     buckets, longest = read_size(hf, "position_buckets"), hf.get("max_relative_positions", -1)
     length = hf.get("max_position_embeddings", 512)

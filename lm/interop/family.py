@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lm.config.model_rules import rotary_problems, rotary_width
+from lm.config.registry import option_keys
 from lm.errors import UserError
 from lm.interop.class_defaults import ALIASES, CLASS_DEFAULTS
 from lm.interop.fused_tensors import Fused
@@ -151,6 +152,11 @@ class Family:
                 raise UserError(f"a width of {width} is not divisible by {heads} heads")
             found["head_dim"] = width // heads
         config = TransformerConfig(**found)
+        if config.mixer_options is not None:
+            for path, key in option_keys(type(config.mixer_options), "mixer").items():
+                name = path.removeprefix("mixer.")
+                if problem := key.problem(getattr(config.mixer_options, name)):
+                    raise UserError(f"config.json: {name}{problem}")
         if config.positions == "rotary" and config.head_dim % 2:
             raise UnsupportedConfig(f"config.json: RoPE has no head_dim={config.head_dim}: odd")
         for problem in rotary_problems(config):
@@ -163,11 +169,11 @@ class Family:
         Args:
             config: configuration of the model.
             has_task: whether the model has a pooler, or a head on its hidden states.
+
+        Raises:
+            UnsupportedConfig: config.json cannot express a field at all.
         """
-        try:
-            round_trip = self.read_config(self.write_config(config))
-        except UnsupportedConfig as error:
-            return [str(error)]
+        round_trip = self.read_config(self.write_config(config))
         before = comparable_config(config, self.model, has_task)
         after = comparable_config(round_trip, self.model, has_task)
         lost = [
@@ -285,11 +291,28 @@ _FLAGS = frozenset(
 )
 
 
+# Lists in config.json, and the type of their items; null is the default.
+_LISTS = {
+    **dict.fromkeys(("layer_types", "mlp_layer_types"), str),
+    **dict.fromkeys(("attn_layer_indices", "mlp_only_layers"), int),
+    **dict.fromkeys(("moe_layers", "no_rope_layers"), int),
+}
+
+
 def _check_flags(hf: Values) -> None:
-    """Raise UserError for a flag in config.json that is neither true, false nor null."""
+    """Raise UserError for a flag or list in config.json of another type, null aside."""
     for name in sorted(_FLAGS & hf.keys()):
         if not isinstance(hf[name], bool | None):
             raise UserError(f"config.json: {name}={hf[name]!r:.40} is neither true nor false")
+    for name, kind in _LISTS.items():
+        items = hf.get(name)
+        if items is not None and not (
+            isinstance(items, list | tuple) and all(isinstance(item, kind) for item in items)
+        ):
+            raise UserError(
+                f"config.json: {name}={items!r:.40} is not a list of "
+                + ("words" if kind is str else "numbers")
+            )
 
 
 _LARGEST = 2**31 - 1

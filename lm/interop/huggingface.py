@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from lm.config.registries import MODELS
 from lm.errors import UserError
-from lm.interop.family import Family
+from lm.interop.family import Family, UnsupportedConfig
 from lm.interop.folder_heads import TASK_MODULES
 from lm.interop.fused_tensors import fuse
 from lm.interop.model_folder import FAMILIES, Params, open_model_folder
@@ -198,7 +198,7 @@ def _quantized_inputs(
     if family.model_type == "gpt2" or has_experts or family.fused:
         raise UserError(
             f"--quantize: transformers has no quantized layers for {family.model_type}; "
-            "--format gguf --dtype q8_0 writes weights in 8 bits"
+            "--format gguf --dtype q8_0 writes 8 bits of models that GGUF export supports"
         )
     found = {}
     for mapping in mappings:
@@ -242,18 +242,23 @@ def _family_of(
     if not families:
         raise UserError(f"no Hugging Face architecture is like {type(model).__name__}")
     biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
+    left_out = {module for family in families for module in family.left_out}
     candidates = []
     for config, family in product((own, biased), families):
         heads = family.heads_of(modules, of_tokens)
-        problems = family.lost_fields(config, bool(modules & TASK_MODULES))
+        try:
+            problems, is_like = family.lost_fields(config, bool(modules & TASK_MODULES)), True
+        except UnsupportedConfig as error:  # there may be more problems than this one
+            problems, is_like = [str(error)], False
         if heads is None:
             names = sorted({m for head in family.heads.values() for m in head.modules} & modules)
             what = " of every token" if of_tokens else ""
             problems.append(f"a class with {' and '.join(names)} alone{what}")
-        candidates.append((problems, family, heads or frozenset(), config))
-    problems, family, heads, config = min(
-        candidates, key=lambda found: (len(found[0]), found[1].model_type != preferred)
-    )
+        known = {*family.left_out, *(m for head in family.heads.values() for m in head.modules)}
+        problems += [f"a {m}" for m in sorted((modules & left_out) - known)]
+        rank = len(problems) + (not is_like), family.model_type != preferred
+        candidates.append((rank, problems, family, heads or frozenset(), config))
+    _, problems, family, heads, config = min(candidates, key=lambda found: found[0])
     if problems:
         raise UserError(
             "no Hugging Face architecture computes the same function as this model; the closest, "

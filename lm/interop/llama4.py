@@ -99,7 +99,8 @@ def _read(hf: Values) -> Values:
 def _read_mixture(hf: Values) -> Values:
     """Read the experts, their router, and which layers have them."""
     n_layers = read_size(hf, "num_hidden_layers")
-    step = read_size({"interleave_moe_layer_step": 1} | hf, "interleave_moe_layer_step")
+    key = "interleave_moe_layer_step"
+    step = int(max(1, positive_number(key, hf.get(key, 1))))
     default = list(range(step - 1, n_layers, step))
     numbers: list[int] = default if hf.get("moe_layers") is None else hf["moe_layers"]
     layers = read_sparse_layers([i in numbers for i in range(n_layers)])

@@ -16,6 +16,7 @@ from lm.interop.family import (
     UnsupportedConfig,
     Values,
     lm_word,
+    positive_number,
     read_size,
     require_equal,
 )
@@ -114,7 +115,8 @@ def _read_mamba2(hf: Values) -> Values:
     require_equal({"use_conv_bias": True} | hf, use_conv_bias=True)
     found = _read_mixer(hf, _SIZES, "use_bias")
     o = found["mixer_options"]
-    require_equal({"expand": 2} | hf, expand=o.ssm_heads * o.ssm_head_dim / hf["hidden_size"])
+    width = positive_number("hidden_size", hf.get("hidden_size"))
+    require_equal({"expand": 2} | hf, expand=o.ssm_heads * o.ssm_head_dim / width)
     return found | {
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
         "tie_embeddings": hf.get("tie_word_embeddings", False),

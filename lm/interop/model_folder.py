@@ -51,6 +51,7 @@ from lm.models.variables import flat, nested
 from lm.storage import read_json
 
 ADAPTER = "adapter_config.json"
+_WRONG_VALUE = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 Params = Any
 
@@ -204,9 +205,11 @@ def open_model_folder(path: Path) -> ModelFolder:
     family = FAMILIES[kind]
     try:
         config = family.read_config(about)
-    except (UserError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: {what}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except _WRONG_VALUE as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: config.json{_wrong_key(family, about)}: {what}") from error
     tensors = read_tensors(path)
     if (quantization := about.get("quantization_config")) is not None:
         if not isinstance(quantization, dict):
@@ -241,6 +244,17 @@ def open_model_folder(path: Path) -> ModelFolder:
         found = replace(found, stored=parts)
     found.check(path)
     return found
+
+
+def _wrong_key(family: Family, about: Values) -> str:
+    """Return the key, with its value, without which config.json can be read; "" if none alone."""
+    for name in about:
+        try:
+            family.read_config({key: x for key, x in about.items() if key != name})
+        except (UserError, *_WRONG_VALUE):
+            continue
+        return f": {name}={about[name]!r:.40}"
+    return ""
 
 
 def _read_config(folder: Path) -> Values:

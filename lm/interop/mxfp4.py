@@ -40,9 +40,10 @@ class _BlockTensor(StoredTensor):
             raise UserError(f"{self.file}: {self.scales.name} holds NaN")
         pairs = np.stack([bytes_EFXY & 15, bytes_EFXY >> 4], axis=-1)
         numbers = VALUES[pairs].reshape(*scales_EFX.shape, -1)
-        numbers = np.ldexp(numbers, scales_EFX.astype(np.int32)[..., None] - _BIAS)
+        with np.errstate(over="ignore"):  # refused below
+            numbers = np.ldexp(numbers, scales_EFX.astype(np.int32)[..., None] - _BIAS)
         weight_EFD = numbers.reshape(*scales_EFX.shape[:2], -1)
-        return np.ascontiguousarray(weight_EFD.swapaxes(1, 2))
+        return self.require_finite(np.ascontiguousarray(weight_EFD.swapaxes(1, 2)))
 
 
 def mxfp4_weights(

@@ -61,7 +61,9 @@ class StoredTensor:
     def require_finite(self, values: np.ndarray) -> np.ndarray:
         """Return the values; UserError if one is NaN or infinite."""
         # The sum is finite if all values are; this is faster than testing each.
-        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
+        with np.errstate(invalid="ignore"):
+            total = values.sum(dtype=np.float64)
+        if not np.isfinite(total) and not np.isfinite(values).all():
             raise UserError(f"{self.file}: {self.name} contains NaN or infinite numbers")
         return values
 

@@ -63,4 +63,4 @@ class MultiToken(Causal):
 
 def _ahead(x_BL: jax.Array, k: int) -> jax.Array:
     """Shift left by k positions and fill with zeros."""
-    return jnp.pad(x_BL[:, k:], ((0, 0), (0, k)))
+    return jnp.pad(x_BL, ((0, 0), (0, k)))[:, k:]

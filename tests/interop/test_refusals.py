@@ -18,6 +18,7 @@ from lm.interop.model_folder import FAMILIES, open_model_folder
 from lm.models.classic.lstm import RecurrentConfig
 from lm.models.classic.recurrent import Lstm
 from lm.models.decoder import Decoder
+from lm.models.encoder import Encoder
 from lm.models.transformer_config import TransformerConfig
 
 
@@ -246,6 +247,7 @@ def test_a_bart_of_another_kind_is_refused(make_theirs, tmp_path, values, bias, 
         ({"classifier_bias": True}, "lacks the tensor head.dense.bias of a modernbert model"),
         ({"num_hidden_layers": 4, "layer_types": None}, r"layers.4.\S+ and 5 more, which a modern"),
         ({"local_attention": "8"}, "sliding_window is not a number from 0"),
+        ({"rope_parameters": {"full_attention": 7}}, "config.json: rope_parameters=.*: TypeError"),
         (
             {"global_attn_every_n_layers": 0, "layer_types": None},
             "global_attn_every_n_layers=0 is not a positive number",
@@ -319,6 +321,7 @@ SIZES = {
     "vocab_size": 12,
     "max_length": 8,
 }
+LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False}
 
 
 @pytest.mark.parametrize(
@@ -330,6 +333,7 @@ SIZES = {
         ({"head_dim": 6}, "model.head_dim=6"),
         ({"pooling": "mean"}, "model.pooling=mean"),
         ({"residual": "concat"}, "model.residual=concat"),
+        ({**LLAMA, "residual": "hyper"}, "closest, llama, does not have model.residual=hyper"),
     ],
 )
 def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
@@ -338,6 +342,14 @@ def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         huggingface.save(model, params, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_generator_is_no_module_of_bert(tmp_path):
+    replaced = {"embedding_norm": True, "norm_placement": "post", "token_types": 2}
+    model = Encoder(TransformerConfig(**SIZES | replaced))
+    params = {"generator": {"logit_bias": {"bias": np.zeros(12)}}}
+    with pytest.raises(UserError, match="closest, bert, does not have a generator"):
+        huggingface.save(model, params, tmp_path / "out")
 
 
 def test_a_recurrent_model_is_refused(tmp_path):
@@ -415,6 +427,12 @@ def test_any_value_of_config_json_is_used_or_refused(make_theirs, kind, data, tm
     assert "\n" not in message
 
 
+def test_a_convolution_over_more_than_any_model_has_is_refused_at_once():
+    written = config_of(*KINDS["mamba2"]).to_dict() | {"conv_kernel": 10**9}
+    with pytest.raises(UserError, match="ssm_conv is above 256"):
+        FAMILIES["mamba2"].read_config(written)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flag_that_matters_is_true_or_false(kind):
     class_name, values = KINDS[kind]
@@ -431,6 +449,10 @@ def test_a_flag_that_matters_is_true_or_false(kind):
     for name in [name for name, value in written.items() if isinstance(value, bool)]:
         if read(**{name: True}) != read(**{name: False}):
             assert name in read(**{name: "false"})
+    for name in [name for name, value in written.items() if isinstance(value, list)]:
+        if isinstance(read(**{name: [1, 1, 1, 1, 1, 1, 1, 1]}), str):
+            for other in (7, "a", [[1]], [{}]):
+                assert name in read(**{name: other})
 
 
 def test_a_config_of_llama_1_is_read(make_theirs, folder):

@@ -92,6 +92,12 @@ def test_the_loss_is_that_of_the_report(trained):
     assert float(found.weight) == BATCH["weights"].sum()
 
 
+def test_a_row_may_be_shorter_than_the_modules_reach():
+    init, batch = nn.init(MultiToken(9, depth=3).loss, MODEL), batch_of(TOKENS[:2], DOCUMENTS[:2])
+    made = jax.eval_shape(init, jax.random.key(0), batch)
+    assert "stack_2" in made["params"]["ahead"]
+
+
 def stack_of(model, x, positions, segments):
     """The model's stack alone."""
     from lm.kernels.dot_product_attention import AttentionMask
