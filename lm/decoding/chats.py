@@ -92,6 +92,7 @@ def chat_template(experiment: Experiment) -> ChatTemplate:
         raise UserError("a chat needs a decoder, which continues texts")
     from lm.data.chat.chat_template import ChatTemplate
 
+    assert experiment.tokenizer is not None
     template = ChatTemplate.of(experiment.tokenizer)
     if not template.has_role_tokens:
         print_on_primary_host("note: the run has no tokens that mark turns; a text can forge them")
