@@ -24,7 +24,7 @@ def get_config():
     model.init = "fan_in"  # of 0.02 the features would be lost beside the encoder's positions
 
     config.objective.name = "transcription"
-    config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 1, 20, 8
+    config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 2, 20, 8
     data = config.data
     data.source = "audio:spoken_digits/train/one_digit.csv,audio:spoken_digits/train"
     data.schedule = (
@@ -37,10 +37,11 @@ def get_config():
     data.sequence_length, data.target_length = 160, 16  # 3.2 s
     data.batch_size = 16
 
-    config.optimizer.learning_rate, config.optimizer.weight_decay = 2e-3, 0.01
+    config.optimizer.name, config.optimizer.learning_rate = "muon", 0.02
+    config.optimizer.muon.adam_ratio, config.optimizer.weight_decay = 0.15, 0.01
     config.optimizer.adamw.b2, config.optimizer.clip_norm = 0.98, 1.0
     config.schedule.name, config.schedule.warmup_steps = "cosine", 100
-    config.train.steps = 7000
+    config.train.steps = 10_000
     config.train.steps_per_dispatch, config.train.scan_unroll = 10, 0
     config.eval.every_steps = 500
     config.eval.metrics = "wer"

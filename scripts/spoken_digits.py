@@ -5,7 +5,8 @@
 It needs the program espeak-ng (`apt install espeak-ng`) and the extra `audio`. A voice is an accent
 of English with a variant of the speaker (`espeak-ng --voices=variant`). Speakers of validation and
 test are never heard in training: whole families of variants are held out, such as steph, steph2 and
-steph3. Speed, pitch, loudness and noise are drawn for each sequence. Writes OUT/SPLIT/N.flac and
+steph3. Speed, pitch, loudness and noise are drawn for each sequence; recordings of training are
+also played faster or slower (Ko et al. 2015). Writes OUT/SPLIT/N.flac and
 OUT/SPLIT/metadata.csv, which the source audio:OUT/SPLIT reads; one_digit.csv has the rows of one.
 """
 
@@ -46,6 +47,7 @@ SPEAKERS = {
     "robosoft robosoft2 robosoft3 robosoft4 robosoft5 robosoft6 sandro shelby",
 }
 RATE, SECONDS = 16_000, 3.2  # of a recording; a longer one is drawn again
+SPEEDS = range(84, 119, 2)  # per cent; a recording sped up sounds of a smaller speaker
 NOISES = (None, 30, 20, 15, 10, 5)  # dB from the voice to the noise
 COLOURS = (0.0, 0.5, 1.0)  # amplitudes fall with this power of the frequency: white to red
 
@@ -67,7 +69,8 @@ def speak(folder: Path, split: str, seed: int, number: int) -> tuple[str, str, s
         words = ["espeak-ng", *map(str, options), "--stdout", text]
         spoken = subprocess.run(words, check=True, capture_output=True, timeout=60).stdout
         samples, rate = soundfile.read(io.BytesIO(spoken))
-        samples = resample_poly(samples, RATE, rate)
+        speed = draw.choice(SPEEDS) if split == "train" else 100
+        samples = resample_poly(samples, RATE, rate * speed // 100)
         if 0.2 * RATE < len(samples) < SECONDS * RATE:
             break
     noise, colour = draw.choice(NOISES), draw.choice(COLOURS)
@@ -115,7 +118,7 @@ def main() -> None:
     """Write the data set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path)
-    for split, n in (("train", 5000), ("validation", 300), ("test", 600)):
+    for split, n in (("train", 12000), ("validation", 300), ("test", 600)):
         parser.add_argument(f"--{split}", type=int, default=n)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
