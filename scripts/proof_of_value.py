@@ -70,6 +70,11 @@ T5 = "objective.name=span_corruption model.family=encoder_decoder model.position
 LABELS = "objective.name=classification data.source=tsv:{data}/labels.tsv data.labels=good,bad"
 SEQ2SEQ = "objective.name=seq2seq data.source=parallel:{data}/numbers.en|{data}/numbers.de"
 MASKED = "objective.name=masked model.family=encoder"
+WORDS = (
+    "objective.name=token_classification data.source=conll:{data}/names.conll "
+    "data.labels=O,B-PER,B-LOC"
+)
+SPANS = "objective.name=span_qa data.source=squad:{data}/squad.json data.doc_stride=4"
 
 # The configuration keys that each run changes, by name: OBJECTIVE FAMILY and what else is special.
 VARIANTS = {
@@ -138,10 +143,11 @@ VARIANTS = {
     "data.source=tsv:{data}/scores.tsv",
     "classification encoder_decoder": f"{LABELS} model.family=encoder_decoder",
     "classification lstm": f"{LABELS} model.family=lstm model.bidirectional=true",
-    "token_classification encoder": "objective.name=token_classification model.family=encoder "
-    "data.source=conll:{data}/names.conll data.labels=O,B-PER,B-LOC",
-    "span_qa encoder": "objective.name=span_qa model.family=encoder model.token_types=2 "
-    "data.source=squad:{data}/squad.json data.doc_stride=4",
+    "token_classification encoder": f"{WORDS} model.family=encoder",
+    "token_classification decoder": WORDS,
+    "span_qa encoder": f"{SPANS} model.family=encoder model.token_types=2",
+    "span_qa decoder": SPANS,
+    "span_qa encoder_decoder": f"{SPANS} model.family=encoder_decoder model.pooling=shifted",
     "dpo decoder": "objective.name=dpo data.source=jsonl:{data}/pairs.jsonl",
     "dpo decoder, LoRA": f"objective.name=dpo data.source=jsonl:{{data}}/pairs.jsonl {LLAMA} "
     "lora.rank=2",
