@@ -32,7 +32,7 @@ def get_config(variant="final"):
     data.source, data.test_source = "tsv:geo880/train.txt", "tsv:geo880/test.txt"
     data.columns, data.header = "source=0,target=1", False
     data.validation_fraction = held_out
-    data.tokenizer = "words"
+    data.tokenizer, data.tokenizer_min_count = "words", 2
     data.sequence_length, data.target_length = 36, 72
     data.batch_size = 6
 

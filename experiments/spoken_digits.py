@@ -41,7 +41,7 @@ def get_config():
     config.optimizer.muon.adam_ratio, config.optimizer.weight_decay = 0.15, 0.01
     config.optimizer.adamw.b2, config.optimizer.clip_norm = 0.98, 1.0
     config.schedule.name, config.schedule.warmup_steps = "cosine", 100
-    config.train.steps = 10_000
+    config.train.steps = 16_000
     config.train.steps_per_dispatch, config.train.scan_unroll = 10, 0
     config.eval.every_steps = 500
     config.eval.metrics = "wer"
