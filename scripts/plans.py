@@ -112,8 +112,37 @@ JOINED = (
     ("parallel.mesh.data", 1),
     ("parallel.mesh.fsdp", -1),
 )
+# Microbatches of the smallest published model of each newer family, on 64 v5p and 64 H100.
+PARTS = {
+    "bart.py:base": 5,
+    "deberta.py:base": 4,
+    "deepseek.py:v2-lite": 18,
+    "electra.py:base": 1,
+    "flan_t5.py:small": 1,
+    "gpt_oss.py:20b": 4,
+    "granite.py:3-2b": 4,
+    "llama4.py:scout": 8,
+    "mamba.py:130m": 1,
+    "mamba.py:bamba-9b": 4,
+    "modernbert.py:base": 4,
+    "mt5.py:small": 2,
+    "olmo.py:2-1b": 4,
+    "olmo.py:e-1b-7b": 4,
+    "phi.py:3-mini": 4,
+    "qwen_moe.py:3-30b-a3b": 4,
+    "smollm.py:2-135m": 1,
+    "stablelm.py:3b": 4,
+    "ul2.py:20b": 1,
+    "whisper.py:tiny": 1,
+}
 # Further rows of experiments.
 OTHERS: dict[str, tuple[Place, ...]] = {
+    name: tuple(
+        Place(chips, overrides=(*FSDP, ("train.microbatches", parts), ("eval.batch_size", 64)))
+        for chips in ("v5p:4x4x4", "h100:8x8")
+    )
+    for name, parts in PARTS.items()
+} | {
     "llama.py:3.2-1b": (
         Place("v4:4x4x4", overrides=FSDP),
         Place("v6e:16x16", overrides=FSDP),
@@ -234,9 +263,10 @@ def rows_of(name: str, before: Kept, chosen: bool) -> Iterator[str]:
         for (_, place), found in own
         if found["fits"] and place not in map(str, others)
     ]
-    if not own and (not chosen or parameters(name) > LARGEST):
+    large = name in PARTS or parameters(name) > LARGEST
+    if not own and (not chosen or (large and not others)):
         return
-    if not fitting and chosen:
+    if not fitting and chosen and not large:
         tried = ((place, planned(name, place, before, chosen)) for place in places(name))
         fits = ((str(place), found) for place, found in tried if found and found["fits"])
         fitting = list(islice(fits, 1))
