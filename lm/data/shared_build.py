@@ -80,15 +80,18 @@ def build_together(
     """
     there = folder.sizes()
     left = [task for task in tasks if task.name not in there]
-    if not left:
-        return
-    most = min(workers or os.cpu_count() or 1, len(left))
-    cores = nullcontext(most) if workers else free_cores(most)
-    with _shown(folder, tasks, description, progress), cores as n:
-        if n == 1:
-            _work(folder, left)
-        else:
-            _work_in_processes(folder, left, n, plugins, prepare)
+    if left:
+        most = min(workers or os.cpu_count() or 1, len(left))
+        cores = nullcontext(most) if workers else free_cores(most)
+        with _shown(folder, tasks, description, progress), cores as n:
+            if n == 1:
+                _work(folder, left)
+            else:
+                _work_in_processes(folder, left, n, plugins, prepare)
+        there = folder.sizes()
+    for task in tasks:
+        if task.name + _CLAIM in there:  # left by a process killed after it made the file
+            folder.remove(task.name + _CLAIM)
 
 
 @contextmanager

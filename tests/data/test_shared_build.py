@@ -102,6 +102,15 @@ def test_a_claim_that_is_damaged_holds_for_a_minute(folder, clock, content):
     assert folder.read("1") == b"made 1"
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_the_claim_of_a_process_killed_after_it_made_the_file_is_removed(folder, clock, left):
+    folder.write("1", b"made 1")
+    folder.write("1.claim", claim(0))
+    build(folder, *(["0", "1"] if left else ["1"]))
+    assert folder.sizes() == ({"0": 6, "1": 6} if left else {"1": 6})
+    assert clock.now == 0
+
+
 def test_builds_of_one_host_have_a_core_each(monkeypatch, tmp_path):
     monkeypatch.setattr(shared_build.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
