@@ -1,4 +1,4 @@
-"""Commands in the documents can be pasted: shells parse them, `lm` knows their options and keys."""
+"""Documents: shells and `lm` accept the commands, and the links lead to a file and heading."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from lm.config import load_config
 from lm.tools.corpus.corpus_config import load_corpus_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "tpu/README.md", ".github/CONTRIBUTING.md")
+PAGES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "lm").rglob("README.md"))]
+PAGES += ["README.md", "experiments/README.md", "tpu/README.md", ".github/CONTRIBUTING.md"]
 PLACEHOLDER = re.compile(r"…|\[[-A-Z]| \| |<")
 PROGRAMS = ("lm", ".venv/bin/lm")
 LAUNCHERS = ("scripts/train.sbatch", "tpu/train.sh", "tpu/jobset.py", "launch")
@@ -40,7 +41,7 @@ def lm_words(line: str) -> list[str]:
     return []
 
 
-ALL = [(document, line) for document in DOCUMENTS for line in commands(document)]
+ALL = [(document, line) for document in PAGES for line in commands(document)]
 COMPLETE = [line for _, line in ALL if lm_words(line) and not PLACEHOLDER.search(line)]
 
 
@@ -55,6 +56,23 @@ def test_a_shell_parses_every_command():
     script = "\n".join(line for _, line in ALL if not PLACEHOLDER.search(line))
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+
+
+@pytest.mark.parametrize("document", [*PAGES, "experiments/RESULTS.md"])
+def test_links_lead_to_a_file_and_heading(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / document).parent / name if name else ROOT / document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path.read_text()), target
 
 
 def test_scripts_that_are_named_exist():
