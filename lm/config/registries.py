@@ -654,6 +654,7 @@ METRICS = Registry(
         "pearson": Entry(f"{_SCORES}:pearson"),
         "spearman": Entry(f"{_SCORES}:spearman"),
         "exact_match": Entry(f"{_SCORES}:exact_match"),
+        "logical_form_match": Entry("lm.evaluation.logical_forms:logical_form_match"),
         "squad": Entry(f"{_SCORES}:squad"),
         "wer": Entry(f"{_WORD_ERRORS}:wer", WordErrorOptions, shared_with=("cer",)),
         "cer": Entry(f"{_WORD_ERRORS}:cer"),
