@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from lm.cli import main
+from lm.cli import VERBS, main
 from lm.config import default
 from lm.config.registries import SCHEMA
 
@@ -365,6 +366,18 @@ def test_a_workdir_that_is_a_file_is_one_line(capsys, experiment, tmp_path, one_
     assert "--workdir" in error_of(
         capsys, "train", "--config", experiment, "--workdir", tmp_path / "w"
     )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_describes_every_option(capsys, verb):
+    with pytest.raises(SystemExit) as stopped:
+        main([*verb.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert VERBS[verb] in " ".join(shown.split())
+    options = re.split(r"^  (?=-)", shown.partition("options:")[2], flags=re.M)[1:]
+    bare = [option for option in options if not re.search(r"\S(\s{2,})\S", option)]
+    assert not bare
 
 
 def test_config_prints_every_key(capsys):

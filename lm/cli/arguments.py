@@ -14,11 +14,25 @@ from lm.errors import UserError
 
 Overrides = dict[str, str]
 
-AVERAGE = "mean parameters of the last N checkpoints"
+AVERAGE = "average the parameters of the last N checkpoints"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help that ends with the default, unless that is empty or the text mentions it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        is_empty = action.default in (None, "", [], argparse.SUPPRESS)
+        if is_empty or isinstance(action.default, bool) or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """argparse with one-line errors, and defaults in the help."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         key = re.search(r"unrecognized.* (--)?(\w+(\.\w+)+)(?(1)|=)", message)
@@ -40,8 +54,7 @@ def parse(
 
     Returns:
         The options, with `module` (of the command) and `command` (words after `--`, or None), and
-            the
-        overrides.
+            the overrides.
     """
     arguments, command = _split_at_dashes(arguments)
     rest: list[str] = []
@@ -82,13 +95,14 @@ def verb_module(verb: str) -> ModuleType:
 
 def _parser(arguments: Sequence[str], verbs: Mapping[str, str]) -> Parser:
     """Return the parser, with the options of the command that the arguments start with."""
-    parser = Parser(prog="lm", description="Pretrain language models on many devices.")
+    parser = Parser(prog="lm", description="Train, evaluate and serve language models.")
     top = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
     groups = {"": top}
     for verb, about in verbs.items():
         group, _, last = verb.rpartition(" ")
         if group not in groups:
-            inner = top.add_parser(group, help=f"See lm {group} --help.")
+            actions = ", ".join(verb.split()[1] for verb in verbs if verb.startswith(f"{group} "))
+            inner = top.add_parser(group, help=f"Command group: {actions}.")
             groups[group] = inner.add_subparsers(dest="action", required=True, parser_class=Parser)
         sub = groups[group].add_parser(last, help=about, description=about, allow_abbrev=False)
         words = verb.split()
@@ -104,7 +118,13 @@ def _parser(arguments: Sequence[str], verbs: Mapping[str, str]) -> Parser:
 
 def config_argument(parser: Parser, required: bool = True) -> None:
     """Add --config."""
-    parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]")
+    about = "configuration file and variant, or a run's run.json"
+    parser.add_argument("--config", required=required, metavar="FILE.py[:VARIANT]", help=about)
+
+
+def workdir_argument(parser: Parser, about: str = "folder or bucket URL of the run") -> None:
+    """Add --workdir of one run."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help=about)
 
 
 def device_arguments(parser: Parser) -> None:
@@ -115,15 +135,18 @@ def device_arguments(parser: Parser) -> None:
 def process_arguments(parser: Parser) -> None:
     """Add the options of a command that may run as several processes."""
     device_arguments(parser)
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    parser.add_argument("--num_processes", type=int, metavar="N")
-    parser.add_argument("--process_id", type=int, metavar="I")
-    parser.add_argument(
+    group = parser.add_argument_group(
+        "several processes (only needed without SLURM, GKE or lm launch)"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="number of processes")
+    group.add_argument("--process_id", type=int, metavar="I", help="index of this process, from 0")
+    group.add_argument(
         "--heartbeat_seconds",
         type=at_least(1),
         default=100,
         metavar="S",
-        help="end the run if a process is silent for so long (several processes)",
+        help="end the run if a process does not respond for this long",
     )
 
 
@@ -131,7 +154,9 @@ def compiler_arguments(parser: Parser) -> None:
     """Add --xla_flags and --dump_hlo."""
     from lm.hardware import GPUS, TPUS
 
-    parser.add_argument("--xla_flags", choices=TPUS + GPUS, help="compiler flags for this chip")
+    parser.add_argument(
+        "--xla_flags", choices=TPUS + GPUS, help="use the compiler flags for this chip"
+    )
     parser.add_argument("--dump_hlo", metavar="DIR", help="write compiled programs as HLO text")
 
 
@@ -139,23 +164,30 @@ def topology_arguments(parser: Parser, required: bool = True) -> None:
     """Add --topology and --slices."""
     examples = "v5p:4x4x4 or v5p-128, v5e:16x16, h100:HOSTSxGPUS, cpu:8, …"
     parser.add_argument(
-        "--topology", required=required, metavar="KIND:SHAPE", help=f"devices: {examples}"
+        "--topology",
+        required=required,
+        metavar="KIND:SHAPE",
+        help=f"chip and their number or arrangement: {examples}",
     )
     parser.add_argument(
-        "--slices", type=at_least(1), default=1, metavar="N", help="slices of that shape"
+        "--slices", type=at_least(1), default=1, metavar="N", help="number of such slices"
     )
 
 
 def weights_arguments(parser: Parser) -> None:
     """Add the options that select the weights of a run."""
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
-    parser.add_argument("--best", action="store_true", help="the best checkpoint by eval.best")
+    parser.add_argument("--best", action="store_true", help="use the checkpoint kept by eval.best")
 
 
 def sampling_arguments(parser: Parser) -> None:
     """Add the sampling options."""
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this; or several"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="stop before this text; repeatable",
     )
     parser.add_argument(
         "--max_new_tokens",
@@ -163,11 +195,14 @@ def sampling_arguments(parser: Parser) -> None:
         metavar="N",
         help="same as --config.decode.max_length",
     )
-    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
-    parser.add_argument("--greedy", action="store_true", help="temperature 0")
-    parser.add_argument("--top_k", type=at_least(0), default=0, metavar="K")
-    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    for name, kind, default, metavar, about in (
+        ("temperature", at_least(0.0), 0.8, "T", "sampling temperature"),
+        ("top_k", at_least(0), 0, "K", "sample from the K most likely tokens; 0: from all"),
+        ("top_p", probability, 1.0, "P", "nucleus sampling: smallest set with this probability"),
+        ("seed", at_least(0), 0, "N", "random seed"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=about)
+    parser.add_argument("--greedy", action="store_true", help="same as --temperature 0")
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -179,7 +214,7 @@ def check_texts(texts: Sequence[str]) -> None:
 
 def json_argument(parser: Parser) -> None:
     """Add --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument("--json", action="store_true", help="print only one JSON object")
 
 
 def at_least(low: int | float) -> Callable[[str], int | float]:

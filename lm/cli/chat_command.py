@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     open_run,
     sampling_arguments,
     weights_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError
@@ -19,7 +20,7 @@ from lm.errors import UserError
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     sampling_arguments(parser)
     weights_arguments(parser)

@@ -18,20 +18,27 @@ OPTIONS = ("samples", "n_samples", "k", "temperature", "top_p", "seed", "time_li
 def add_code_arguments(parser: Parser) -> None:
     """Add --code and its options."""
     parser.add_argument(
-        "--code", metavar="FILE", help="pass@k on HumanEval or MBPP instead; programs are sandboxed"
+        "--code", metavar="FILE", help="pass@k on a file of HumanEval or MBPP, in a sandbox"
     )
-    of_code = "of --code: "
+    of_code = "--code: "
     parser.add_argument(
-        "--samples", metavar="FILE", help=of_code + "completions that are given, .jsonl; no run"
+        "--samples",
+        metavar="FILE",
+        help=of_code + ".jsonl of completions to evaluate instead of a run",
     )
     for name, kind, metavar, about in (
-        ("n_samples", at_least(1), "N", "samples of each problem (1)"),
-        ("k", _numbers, "K[,K…]", "of pass@k (1,10,100 as far as there are samples)"),
-        ("temperature", at_least(0.0), "T", "of sampling (0; several samples: 0.8)"),
-        ("top_p", probability, "P", "of sampling (0.95)"),
-        ("seed", at_least(0), "SEED", "of sampling (0)"),
-        ("time_limit", at_least(1), "S", "seconds of the processor a program has (5)"),
-        ("workers", at_least(1), "N", "programs that run at a time (one a core)"),
+        ("n_samples", at_least(1), "N", "samples per problem (default: 1)"),
+        ("k", _numbers, "K[,K…]", "k of pass@k (default: 1, 10 and 100, up to --n_samples)"),
+        (
+            "temperature",
+            at_least(0.0),
+            "T",
+            "sampling temperature (default: 0; for several samples 0.8)",
+        ),
+        ("top_p", probability, "P", "nucleus sampling (default: 0.95)"),
+        ("seed", at_least(0), "SEED", "random seed (default: 0)"),
+        ("time_limit", at_least(1), "S", "CPU seconds per program (default: 5)"),
+        ("workers", at_least(1), "N", "programs that run at once (default: one per core)"),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=of_code + about)
 

@@ -28,16 +28,19 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--prompts", metavar="FILE", help="file of prompts or sources, one per line, or .jsonl"
     )
-    output = "for index.html, the page, and key.json, which tells the runs apart"
+    output = "folder for the page (index.html) and the names of the runs (key.json)"
     parser.add_argument("--output", required=True, metavar="DIR", help=output)
-    answers = "what the page has downloaded: print the win rate instead"
+    answers = "files downloaded from the page: print the win rate"
     parser.add_argument("--answers", nargs="+", metavar="FILE", help=answers)
     parser.add_argument(
         "--max_new_tokens", type=at_least(1), metavar="N", help="same as --config.decode.max_length"
     )
-    parser.add_argument("--temperature", type=at_least(0.0), default=0.8)
-    parser.add_argument("--top_p", type=probability, default=1.0, metavar="P")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of samples and of their order")
+    for name, kind, default, metavar, about in (
+        ("temperature", at_least(0.0), 0.8, "T", "sampling temperature"),
+        ("top_p", probability, 1.0, "P", "nucleus sampling"),
+        ("seed", at_least(0), 0, "N", "random seed of samples and their order"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=about)
     weights_arguments(parser)
     json_argument(parser)
 

@@ -20,7 +20,7 @@ from lm.errors import UserError
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     config_argument(parser, required=False)
-    parser.add_argument("--keys", action="store_true", help="list every key with its meaning")
+    parser.add_argument("--keys", action="store_true", help="describe every key")
     json_argument(parser)
 
 

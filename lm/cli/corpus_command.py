@@ -17,10 +17,15 @@ from lm.errors import UserError, missing_package
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]")
-    parser.add_argument("--output", metavar="PLACE", help="folder for shards and data card")
-    parser.add_argument("--executor", choices=("local", "slurm", "ray"), default="local")
-    workers = "tasks at a time (default: as many as cores, or as the cluster gives)"
+    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="sources and rules")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder or bucket URL for shards and data card"
+    )
+    where = "where the tasks run"
+    parser.add_argument(
+        "--executor", choices=("local", "slurm", "ray"), default="local", help=where
+    )
+    workers = "concurrent tasks (default: one per core, or as many as the cluster allows)"
     parser.add_argument("--workers", type=at_least(1), default=0, metavar="N", help=workers)
     parser.add_argument("--rules", action="store_true", help="list every rule and its options")
 

@@ -17,13 +17,13 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE.py[:VARIANT]",
-        help="of their sources, by name, list stores of other contents or settings than today's "
-        "(give all configurations with a source of that name, of other folders too; default: none)",
+        help="also list outdated stores of the sources in these configurations, matched by name; "
+        "give every configuration that has a source of such a name",
     )
     parser.add_argument(
         "--delete",
         action="store_true",
-        help="delete what is listed; first stop runs that read a store of a changed source",
+        help="delete the listed files; first stop runs that read an outdated store",
     )
     json_argument(parser)
 

@@ -15,8 +15,12 @@ from lm.cli.used_keys import ALL, Patterns
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     config_argument(parser)
-    parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="texts shown")
-    parser.add_argument("--picture", metavar="FILE", help="draw lengths and tokens (.png or .svg)")
+    parser.add_argument(
+        "--samples", type=at_least(0), default=3, metavar="N", help="number of samples"
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", help="plot lengths and token frequencies (.png or .svg)"
+    )
     json_argument(parser)
 
 

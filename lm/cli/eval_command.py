@@ -30,40 +30,50 @@ from lm.storage.folder_names import short_name
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", metavar="DIR")
-    parser.add_argument("--split", choices=("validation", "test"))
+    parser.add_argument("--workdir", metavar="DIR", help="folder or bucket URL of the run")
+    split = "split to evaluate (default: validation)"
+    parser.add_argument("--split", choices=("validation", "test"), help=split)
     parser.add_argument(
-        "--source", metavar="SOURCE", help="evaluate on this instead, written as data.source"
+        "--source", metavar="SOURCE", help="data to evaluate on instead, in the form of data.source"
     )
     parser.add_argument(
         "--step",
         type=_steps,
         metavar="K[,K…]",
-        help="checkpoints of these steps (default: the newest)",
+        help="checkpoints to evaluate (default: the newest)",
     )
-    parser.add_argument("--task", action="store_true", help="scores and predictions of a task")
     parser.add_argument(
-        "--harness", metavar="TASK[,TASK…]", help="tasks of lm-eval instead, or their YAML files"
+        "--task", action="store_true", help="generate an answer for every record and score it"
     )
-    parser.add_argument("--shots", type=at_least(0), metavar="K", help="of --harness: examples")
     parser.add_argument(
-        "--limit", type=at_least(1), metavar="N", help="of --harness: documents; --code: problems"
+        "--harness", metavar="TASK[,TASK…]", help="run tasks of lm-eval, by name or YAML file"
     )
-    parser.add_argument("--include_path", metavar="DIR", help="of --harness: further task files")
-    chat = "of --harness and --code: prompts by the chat template of the tokenizer"
+    parser.add_argument(
+        "--shots", type=at_least(0), metavar="K", help="--harness: few-shot examples"
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help="--harness, --code: use the first N documents or problems",
+    )
+    parser.add_argument(
+        "--include_path", metavar="DIR", help="--harness: folder of further task files"
+    )
+    chat = "--harness, --code: render prompts with the chat template"
     parser.add_argument("--apply_chat_template", action="store_true", help=chat)
     parser.add_argument(
         "--safety",
         nargs="?",
         const="",
         metavar="SET[,SET…]",
-        help=f"safety sets instead, or all that fit: {', '.join(SAFETY_SETS)}",
+        help=f"run safety sets, without a value all applicable ones: {', '.join(SAFETY_SETS)}",
     )
     add_code_arguments(parser)
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="for --task, --harness, --safety and --code (default: in WORKDIR/eval)",
+        help="folder for results (default: in WORKDIR/eval)",
     )
     weights_arguments(parser)
     json_argument(parser)

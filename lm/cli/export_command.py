@@ -9,6 +9,7 @@ from lm.cli.arguments import (
     Parser,
     at_least,
     weights_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import Patterns
 from lm.errors import UserError
@@ -20,38 +21,40 @@ _OF_STABLEHLO = ("platforms", "batch", "length", "context")
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
-    parser.add_argument("--to", required=True, metavar="DIR")
+    workdir_argument(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder for the files")
     parser.add_argument(
         "--format",
         choices=_FORMATS,
         default=_FORMATS[0],
-        help="output format; default: %(default)s",
+        help="output format",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0"),
-        help="of the weights; default: float32, of stablehlo that of `lm generate`; q8_0: gguf",
+        help="dtype of the weights (default: float32; stablehlo: as in lm generate); q8_0: gguf",
     )
     parser.add_argument(
         "--quantize",
         choices=("int8", "int4"),
-        help="of huggingface: the layers' matrices, for transformers and vLLM",
+        help="quantize the layers' matrices (compressed-tensors, for transformers and vLLM)",
     )
     weights_arguments(parser)
     sizes = parser.add_argument_group("StableHLO programs")
     sizes.add_argument(
-        "--platforms", metavar="NAMES", help="of cpu,tpu,cuda,rocm; default: cpu,tpu,cuda"
+        "--platforms", metavar="NAMES", help="cpu, tpu, cuda, rocm (default: cpu,tpu,cuda)"
     )
-    sizes.add_argument("--batch", type=at_least(1), metavar="N", help="rows; default: any number")
     sizes.add_argument(
-        "--length", type=at_least(1), metavar="N", help="tokens of a prompt; default: any number"
+        "--batch", type=at_least(1), metavar="N", help="fixed batch size (default: dynamic)"
+    )
+    sizes.add_argument(
+        "--length", type=at_least(1), metavar="N", help="fixed prompt length (default: dynamic)"
     )
     sizes.add_argument(
         "--context",
         type=at_least(1),
         metavar="N",
-        help="tokens of the cache; default: the model's positions, or data.sequence_length",
+        help="length of the KV cache (default: the model's, or data.sequence_length)",
     )
 
 

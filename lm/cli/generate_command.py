@@ -21,6 +21,7 @@ from lm.cli.arguments import (
     process_arguments,
     sampling_arguments,
     weights_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import MODEL, Patterns
 from lm.errors import UserError
@@ -31,30 +32,39 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     parser.add_argument(
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="prompt (or path of a recording), repeatable; default: standard input",
+        help="prompt, or path of a recording; repeatable (default: standard input)",
     )
     parser.add_argument(
         "--input",
         metavar="FILE",
-        help="file of prompts or sources, one per line, or .jsonl; for a model that hears a "
-        "recording, a folder or glob of them, or a manifest",
+        help="file of prompts or sources, one per line, or .jsonl; for a speech model, a folder, "
+        "glob or manifest of recordings",
     )
     parser.add_argument(
-        "--output", metavar="FILE", help="one line per input, or .jsonl; resumed if it exists"
+        "--output", metavar="FILE", help="one line per input, or .jsonl; continued if it exists"
     )
-    parser.add_argument("--n_best", type=at_least(1), default=1, metavar="N", help="in JSON only")
-    parser.add_argument("--chat", action="store_true", help="the inputs are messages: answer them")
-    parser.add_argument("--system", metavar="TEXT", help="of --chat: system prompt")
+    parser.add_argument(
+        "--n_best",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="hypotheses per input (--json or .jsonl)",
+    )
+    parser.add_argument("--chat", action="store_true", help="answer inputs as chat messages")
+    parser.add_argument("--system", metavar="TEXT", help="--chat: system prompt")
     sampling_arguments(parser)
     parser.add_argument(
-        "--best_of", type=at_least(1), metavar="N", help="of N samples the one of the best reward"
+        "--best_of",
+        type=at_least(1),
+        metavar="N",
+        help="draw N samples and keep the one with the highest reward",
     )
-    parser.add_argument("--reward_model", metavar="DIR", help="workdir of a run that rewards")
+    parser.add_argument("--reward_model", metavar="DIR", help="--best_of: run of the reward model")
     weights_arguments(parser)
     json_argument(parser)
     process_arguments(parser)

@@ -9,6 +9,7 @@ from lm.cli.arguments import (
     Overrides,
     Parser,
     process_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import ALL, Patterns
 from lm.storage import open_run_folder
@@ -20,9 +21,9 @@ _ARCHITECTURE_FREE = ("model.dtype", "model.attention", "model.*dropout", "model
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="DIR", help="or a .bin file"
+        "--from", dest="source", required=True, metavar="DIR", help="model folder, or .bin file"
     )
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser, "new folder for the run")
     process_arguments(parser)
 
 

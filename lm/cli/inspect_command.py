@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lm.cli.arguments import Overrides, Parser, open_run, weights_arguments
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    open_run,
+    weights_arguments,
+    workdir_argument,
+)
 from lm.cli.used_keys import MESH, MODEL, READING, Patterns
 from lm.errors import UserError
 from lm.storage import open_run_folder, storage_path
@@ -13,18 +19,22 @@ from lm.storage import open_run_folder, storage_path
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="text or source; repeatable"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="prompt, or source of an encoder–decoder; repeatable",
     )
-    target = "target of the source, or the continuation of the prompt; without, searched for"
+    target = "target of the source, or continuation of the prompt (default: generated)"
     parser.add_argument("--target", metavar="TEXT", help=target)
     parser.add_argument(
-        "--input", metavar="FILE.jsonl", help='{"prompt": TEXT, "target": TEXT} a line'
+        "--input", metavar="FILE.jsonl", help='{"prompt": TEXT, "target": TEXT} per line'
     )
-    corpus = "find the neurons that fire most over it; written as data.source"
+    corpus = "also show the most active neurons over this data (as data.source)"
     parser.add_argument("--corpus", metavar="SOURCE", help=corpus)
-    output = "for index.html and text-N.npz; WORKDIR/inspect"
+    output = "folder for index.html and text-N.npz (default: WORKDIR/inspect)"
     parser.add_argument("--output", metavar="DIR", help=output)
     weights_arguments(parser)
 

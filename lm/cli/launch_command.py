@@ -16,13 +16,25 @@ from lm.errors import UserError
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     parser.usage = "lm launch --processes N [OPTIONS] -- train …"
-    parser.add_argument("--processes", type=at_least(1), required=True, metavar="N")
-    parser.add_argument("--gpus", type=at_least(0), default=0, metavar="G", help="split among them")
     parser.add_argument(
-        "--restarts", type=at_least(0), default=10, metavar="N", help="without a new checkpoint"
+        "--processes", type=at_least(1), required=True, metavar="N", help="processes to start"
     )
     parser.add_argument(
-        "--backoff", type=at_least(0.0), default=1.0, metavar="S", help="first pause; doubles"
+        "--gpus", type=at_least(0), default=0, metavar="G", help="GPUs to divide among them"
+    )
+    parser.add_argument(
+        "--restarts",
+        type=at_least(0),
+        default=10,
+        metavar="N",
+        help="give up after N restarts without a new checkpoint",
+    )
+    parser.add_argument(
+        "--backoff",
+        type=at_least(0.0),
+        default=1.0,
+        metavar="S",
+        help="seconds before the first restart; doubles each time",
     )
 
 

@@ -10,6 +10,7 @@ from lm.cli.arguments import (
     Parser,
     at_least,
     process_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import MESH, Patterns
 from lm.storage import open_run_folder
@@ -17,8 +18,8 @@ from lm.storage import open_run_folder
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
-    parser.add_argument("--to", required=True, metavar="DIR")
+    workdir_argument(parser)
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder of the new run")
     parser.add_argument("--average", type=at_least(1), default=1, metavar="N", help=AVERAGE)
     process_arguments(parser)
 

@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="?",
         const="experiments",
         metavar="DIR",
-        help="every variant of every experiment file in DIR (experiments)",
+        help="count every variant of every experiment file in DIR (default: experiments)",
     )
     topology_arguments(parser, required=False)
     json_argument(parser)

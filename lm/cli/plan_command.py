@@ -23,10 +23,10 @@ from lm.cli.arguments import (
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.errors import UserError
 
-ROWS = "--serve: concurrent replies; default: as many as fit with full contexts"
-CONTEXT = "--serve: tokens of prompt and reply; default: the model's context length"
-LIMIT = "--search: maximum number of compiled candidates; default: 24"
-WORKERS = "--search: compiling processes; 0: one per core"
+ROWS = "--serve: concurrent replies (default: as many as fit with full contexts)"
+CONTEXT = "--serve: tokens of prompt and reply (default: the model's context length)"
+LIMIT = "--search: maximum number of compiled candidates (default: 24)"
+WORKERS = "--search: compiling processes (default: one per core)"
 OPTIONS = {"search": ("limit", "workers", "output"), "serve": ("rows", "context")}
 
 
@@ -37,13 +37,19 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="plan a decoding step instead of a training step"
     )
-    parser.add_argument("--serve", action="store_true", help="the engine of lm serve")
+    parser.add_argument("--serve", action="store_true", help="plan the engine of lm serve")
     parser.add_argument("--rows", type=at_least(1), metavar="N", help=ROWS)
     parser.add_argument("--context", type=at_least(1), metavar="N", help=CONTEXT)
-    parser.add_argument("--search", action="store_true", help="rank meshes, remat, microbatches")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="find the best mesh, rematerialization and microbatches",
+    )
     parser.add_argument("--limit", type=at_least(1), metavar="N", help=LIMIT)
     parser.add_argument("--workers", type=at_least(0), metavar="N", help=WORKERS)
-    parser.add_argument("--output", metavar="FILE", help="--search: the winner's overrides")
+    parser.add_argument(
+        "--output", metavar="FILE", help="--search: file for the overrides of the best candidate"
+    )
     compiler_arguments(parser)
     json_argument(parser)
 

@@ -6,19 +6,27 @@ import argparse
 import json
 from dataclasses import asdict
 
-from lm.cli.arguments import Overrides, Parser, at_least, json_argument, open_run, weights_arguments
+from lm.cli.arguments import (
+    Overrides,
+    Parser,
+    at_least,
+    json_argument,
+    open_run,
+    weights_arguments,
+    workdir_argument,
+)
 from lm.cli.used_keys import MESH, MODEL, Patterns
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     labels = "records with text and label, or words and tags: tsv:FILE, csv:, jsonl:, conll:"
     parser.add_argument("--labels", required=True, metavar="SOURCE", help=labels)
-    held_out = "records to score on (default: every fifth of --labels)"
+    held_out = "records to test on (default: every fifth record of --labels)"
     parser.add_argument("--held_out", metavar="SOURCE", help=held_out)
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="of the control task"
+        "--seed", type=at_least(0), default=0, metavar="N", help="random seed of the control task"
     )
     weights_arguments(parser)
     json_argument(parser)

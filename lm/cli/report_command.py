@@ -20,9 +20,9 @@ from lm.storage import open_run_folder, storage_path
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     parser.add_argument(
-        "--workdir", required=True, nargs="+", metavar="DIR", help="runs, or folders of runs"
+        "--workdir", required=True, nargs="+", metavar="DIR", help="runs or folders of runs"
     )
-    output = "for index.html and PNGs; WORKDIR/report, or next to several runs"
+    output = "folder for index.html and PNGs (default: WORKDIR/report, or next to several runs)"
     parser.add_argument("--output", metavar="DIR", help=output)
 
 

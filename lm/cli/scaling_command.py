@@ -22,26 +22,36 @@ from lm.storage import open_run_folder, storage_path
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", metavar="DIR", help="a folder of finished runs")
-    parser.add_argument("--runs", metavar="FILE.csv", help="Model Size, Training FLOP, loss")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of finished runs")
+    parser.add_argument(
+        "--runs",
+        metavar="FILE.csv",
+        help="table of runs instead, with columns Model Size, Training FLOP, loss",
+    )
     parser.add_argument(
         "--budget",
         type=positive,
         action="append",
         default=[],
         metavar="FLOPS",
-        help="predict the best run for this many FLOPs; repeatable",
+        help="compute budget to predict the best model for; repeatable",
     )
-    parser.add_argument("--output", metavar="DIR", help="for PNGs; WORKDIR/scaling, or none")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for plots (default: WORKDIR/scaling; with --runs, no plots)",
+    )
     parser.add_argument(
         "--min_tokens_per_parameter",
         type=at_least(0.0),
         default=0.45,
         metavar="X",
-        help="leave out runs of fewer: they hardly left their initial loss",
+        help="leave out runs with fewer tokens per parameter (still near their initial loss)",
     )
-    parser.add_argument("--resamples", type=at_least(20), default=1000, metavar="N")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument(
+        "--resamples", type=at_least(20), default=1000, metavar="N", help="bootstrap samples"
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, help="random seed of the bootstrap")
     json_argument(parser)
 
 

@@ -12,6 +12,7 @@ from lm.cli.arguments import (
     open_run,
     process_arguments,
     weights_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import MESH, MODEL, READING, Patterns
 from lm.errors import UserError
@@ -19,19 +20,21 @@ from lm.errors import UserError
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     parser.add_argument(
         "--input",
         metavar="FILE.jsonl",
-        help='{"prompt": TEXT, "continuations": [TEXT, …]} a line; without a prompt whole texts',
+        help='{"prompt": TEXT, "continuations": [TEXT, …]} per line; without a prompt, whole texts',
     )
-    parser.add_argument("--output", metavar="FILE.jsonl", help="continued; without, stdout")
+    parser.add_argument(
+        "--output", metavar="FILE.jsonl", help="output (default: stdout); continued if it exists"
+    )
     parser.add_argument(
         "--top_logits",
         type=at_least(1),
         metavar="K",
-        help="instead: log-probabilities of the K likeliest tokens at every token of the data, "
-        "written to the folder --output for --config.objective.teacher_logits",
+        help="instead, write the log-probabilities of the K most likely tokens at every position "
+        "of the training data to the folder --output, for --config.objective.teacher_logits",
     )
     weights_arguments(parser)
     process_arguments(parser)

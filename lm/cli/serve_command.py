@@ -28,25 +28,30 @@ def add_arguments(parser: Parser) -> None:
         required=True,
         action="append",
         metavar="[NAME=]DIR",
-        help="run to serve, repeatable; NAME defaults to the folder's name",
+        help="run to serve; repeatable; NAME defaults to the folder's name",
     )
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="LoRA run on top of the first --workdir, repeatable; each is served as its own model",
+        help="LoRA run on top of the first --workdir, served as a model of its own; repeatable",
     )
     weights_arguments(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="listening address; 0.0.0.0: all interfaces"
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all interfaces"
     )
-    parser.add_argument("--port", type=at_least(0), default=8000, help="0: any free port")
+    parser.add_argument(
+        "--port", type=at_least(0), default=8000, help="port to listen on; 0: any free port"
+    )
     parser.add_argument(
         "--api_keys", metavar="FILE", default="", help="file of API keys, one per line"
     )
-    parser.add_argument("--ssl_certfile", metavar="FILE", default="", help="serve HTTPS")
-    parser.add_argument("--ssl_keyfile", metavar="FILE", default="")
+    parser.add_argument(
+        "--ssl_certfile", metavar="FILE", default="", help="certificate; serves HTTPS"
+    )
+    key = "private key of the certificate"
+    parser.add_argument("--ssl_keyfile", metavar="FILE", default="", help=key)
     parser.add_argument(
         "--rows", type=at_least(1), default=32, help="replies generated concurrently"
     )
@@ -55,7 +60,7 @@ def add_arguments(parser: Parser) -> None:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="maximum tokens of prompt and reply",
+        help="maximum tokens of prompt and reply; 0: the model's context length",
     )
     parser.add_argument(
         "--pages",
@@ -69,12 +74,14 @@ def add_arguments(parser: Parser) -> None:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="speculative decoding: tokens proposed per step",
+        help="speculative decoding: tokens proposed per step; 0: off",
     )
     parser.add_argument(
-        "--draft", metavar="DIR", default="", help="run of the draft model; default: prompt lookup"
+        "--draft", metavar="DIR", default="", help="run of the draft model (default: prompt lookup)"
     )
-    parser.add_argument("--queue", type=at_least(0), default=256, help="maximum replies waiting")
+    parser.add_argument(
+        "--queue", type=at_least(0), default=256, help="replies that may wait, per model"
+    )
     parser.add_argument(
         "--max_prompt_tokens",
         type=at_least(1),
@@ -96,7 +103,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="maximum replies per request",
     )
-    parser.add_argument("--request_seconds", type=positive, default=600.0, metavar="S")
+    parser.add_argument(
+        "--request_seconds",
+        type=positive,
+        default=600.0,
+        metavar="S",
+        help="time limit of a request",
+    )
     parser.add_argument(
         "--drain_seconds",
         type=positive,
@@ -109,7 +122,7 @@ def add_arguments(parser: Parser) -> None:
         type=at_least(0.0),
         default=0.0,
         metavar="S",
-        help="seconds between checks for a newer checkpoint; SIGHUP checks at once",
+        help="seconds between checks for a newer checkpoint; 0: only on SIGHUP",
     )
     parser.add_argument("--log_texts", action="store_true", help="log prompts and replies")
     device_arguments(parser)

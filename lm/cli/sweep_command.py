@@ -11,6 +11,7 @@ from lm.cli.arguments import (
     Overrides,
     Parser,
     at_least,
+    workdir_argument,
 )
 from lm.cli.used_keys import ALL, Patterns
 from lm.errors import UserError
@@ -20,18 +21,41 @@ from lm.storage import resolve_path
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     parser.usage = "lm sweep --config SWEEP.py[:VARIANT] --workdir DIR [OPTIONS] [-- TRAIN OPTIONS]"
-    parser.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]")
-    parser.add_argument("--workdir", required=True, metavar="DIR")
-    parser.add_argument("--launcher", choices=("local", "slurm", "tpu"), default="local")
-    parser.add_argument("--launcher_options", default="", metavar="TEXT", help="of sbatch or tpu/")
+    parser.add_argument("--config", required=True, metavar="SWEEP.py[:VARIANT]", help="sweep file")
+    workdir_argument(parser, "folder for the runs")
+    where = "where the runs are started"
     parser.add_argument(
-        "--parallel", type=at_least(1), metavar="N", help="runs at a time: 1; all under slurm"
+        "--launcher", choices=("local", "slurm", "tpu"), default="local", help=where
     )
-    parser.add_argument("--gpus", type=at_least(0), default=0, metavar="G", help="split among them")
     parser.add_argument(
-        "--retries", type=at_least(0), default=2, metavar="N", help="of a run that fails"
+        "--launcher_options",
+        default="",
+        metavar="TEXT",
+        help="options for sbatch, or for tpu/train.sh",
     )
-    parser.add_argument("--dry_run", action="store_true", help="print every run and its command")
+    parser.add_argument(
+        "--parallel",
+        type=at_least(1),
+        metavar="N",
+        help="concurrent runs (default: 1; with slurm, all)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=at_least(0),
+        default=0,
+        metavar="G",
+        help="GPUs to divide among concurrent runs",
+    )
+    parser.add_argument(
+        "--retries",
+        type=at_least(0),
+        default=2,
+        metavar="N",
+        help="attempts to repeat a failed run",
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="only print every run and its command"
+    )
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:

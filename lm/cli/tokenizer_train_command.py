@@ -29,10 +29,11 @@ _READING = (
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--source", required=True, help="as --config.data.source")
-    parser.add_argument("--vocab_size", type=at_least(2), required=True, metavar="N")
-    parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe")
-    parser.add_argument("--output", required=True, metavar="FILE.model")
+    parser.add_argument("--source", required=True, help="training text, in the form of data.source")
+    parser.add_argument("--vocab_size", type=at_least(2), required=True, metavar="N", help="pieces")
+    kind = "segmentation algorithm"
+    parser.add_argument("--model_type", choices=("bpe", "unigram"), default="bpe", help=kind)
+    parser.add_argument("--output", required=True, metavar="FILE.model", help="model to write")
 
 
 def used_keys(args: argparse.Namespace) -> Patterns:

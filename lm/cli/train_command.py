@@ -11,6 +11,7 @@ from lm.cli.arguments import (
     compiler_arguments,
     config_argument,
     process_arguments,
+    workdir_argument,
 )
 from lm.cli.used_keys import ALL, Patterns, print_without_effect
 from lm.config.registries import SCHEMA
@@ -19,21 +20,21 @@ from lm.config.registries import SCHEMA
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
     config_argument(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    workdir_argument(parser)
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="begin at step 0 if all checkpoints are damaged; that run moves to restarted.N",
+        help="start over if no checkpoint is readable; the old run moves to restarted.N",
     )
     parser.add_argument(
         "--change",
         action="store_true",
-        help="continue the run with another configuration (rates, schedule, steps, batch size …)",
+        help="continue with changed settings (learning rate, schedule, steps, batch size …)",
     )
     parser.add_argument(
         "--fork",
         metavar="RUN[@STEP]",
-        help="start a new run from a checkpoint of another one: its state, data position and step",
+        help="start from the parameters, optimizer state, data position and step of another run",
     )
     compiler_arguments(parser)
     process_arguments(parser)

@@ -19,15 +19,21 @@ from lm.errors import UserError
 
 def add_arguments(parser: Parser) -> None:
     """Add the command's options."""
-    parser.add_argument("--workdir", metavar="DIR", help="a run with the words tokenizer")
-    parser.add_argument("--vectors", metavar="FILE", help="GloVe's or word2vec's text format")
-    parser.add_argument("--output", metavar="FILE.txt[.gz]", help="write them in GloVe's format")
+    parser.add_argument("--workdir", metavar="DIR", help="run with the words tokenizer")
+    parser.add_argument(
+        "--vectors",
+        metavar="FILE",
+        help="file of vectors instead, in GloVe's or word2vec's text format",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE.txt[.gz]", help="file to write, in GloVe's format"
+    )
     parser.add_argument(
         "--similarity",
         action="append",
         default=[],
         metavar="FILE",
-        help="file with word, word, score per line",
+        help="word pairs with a score per line; repeatable",
     )
     parser.add_argument("--analogies", metavar="FILE", help="word2vec's questions-words.txt")
     weights_arguments(parser)
