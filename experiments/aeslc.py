@@ -1,15 +1,16 @@
-"""AESLC: the subject line of an e-mail, by an encoder–decoder from scratch.
+"""AESLC: write the subject line of an email, with an encoder–decoder trained from scratch.
 
 | model                                         | ROUGE-1 / 2 / L on test |
 |-----------------------------------------------|-------------------------|
 | Transformer-base from scratch (PEGASUS paper) | 15.04 / 7.39 / 14.93    |
 | PEGASUS-base, pretrained                      | 34.85 / 18.94 / 34.10   |
 
-`small`: 3 + 3 layers, d 192, rotary positions, by Muon; 8,000 pieces of the training text, a mail
-is cut after 127. `copy`, a third of its work a step: a pointer-generator (See et al. 2017) of 2 + 1
-layers, d 128, whose subjects have at least six pieces; 4,000 pieces of lower-cased text, so that a
-word of the mail is copied whatever its case in the subject; mails of up to 191 pieces, short ones
-packed. ROUGE is with stemming, as in PEGASUS's evaluation, and ignores case. Ours: see RESULTS.md.
+`small`: 3 + 3 layers, d_model 192, rotary positions, Muon; 8,000 pieces trained on the corpus;
+emails truncated to 127 pieces. `copy`, at a third of the compute per step: a pointer-generator (See
+et al. 2017) with 2 + 1 layers, d_model 128, whose subjects have at least six pieces. Its 4,000
+pieces are lowercased, so that a word of the email can be copied whatever its case in the subject;
+emails have up to 191 pieces, and short ones are packed. ROUGE uses stemming, as in PEGASUS's
+evaluation, and ignores case. Our results are in RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/aeslc.py --workdir runs/aeslc
     LM_DATA_DIR=DIR lm eval --workdir runs/aeslc --best --task --split test
@@ -39,7 +40,7 @@ def get_config(variant="small"):
     data.validation_source = "jsonl:aeslc/dev.jsonl.gz"
     data.test_source = "jsonl:aeslc/test.jsonl.gz"
     data.columns = "source=body,target=subject"
-    data.bad_rows = "skip"  # a few mails are empty
+    data.bad_rows = "skip"  # a few emails are empty
     data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 8000
     data.sequence_length, data.target_length = 128, 24
     data.batch_size = 32
@@ -63,7 +64,7 @@ def get_config(variant="small"):
         model.n_layers, model.n_decoder_layers = 2, 1
         model.d_model, model.n_heads, model.d_ff = 128, 4, 256
         model.init_std, model.dropout = 128**-0.5, 0.15
-        config.objective.label_smoothing = 0.0  # it would weigh the tokens that no source has
+        config.objective.label_smoothing = 0.0  # wasted on tokens outside the source
         data.tokenizer_vocab_size = 4000
         data.sequence_length, data.batch_size = 192, 12
         config.train.loss_chunk, config.schedule.warmup_steps = 0, 200

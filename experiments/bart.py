@@ -1,17 +1,19 @@
-"""BART (Lewis et al. 2020, §2): an encoder and a decoder that write a corrupted text as it was.
+"""BART (Lewis et al. 2020, §2): an encoder–decoder that reconstructs a corrupted text.
 
 | variant | parameters  | paper's | tokens | FLOPs  | expected                 |
 |---------|-------------|---------|--------|--------|--------------------------|
 | base    | 139,420,416 | 140M    | 4.1T   | 1.2e21 |                          |
 | large   | 406,291,456 | 400M *  | 4.1T   | 4.3e21 | MNLI 89.9, SQuAD F1 94.6 |
 
-MNLI-m dev and SQuAD 1.1 dev (Table 2), from memory, not checked against a copy. * The release's.
+MNLI-m dev and SQuAD 1.1 dev (Table 2), from memory, not checked against the paper. * Count of the
+release.
 
-Post-norm, GELU, a norm after the embeddings, positions of encoder and decoder in two tables of
-1,024 and the two rows before them. Of each text all sentences are shuffled and 30 % of the tokens
-are replaced, spans of 3 in the mean by one mask each (§2.2, §4). 8,000 sequences, 500,000 updates;
-dropout 0.1, which the paper leaves out in the last tenth. The rest is not in the paper; it is that
-of RoBERTa (`roberta.py`): Adam, rates, warm-up, decay, 512 tokens, 50,265 byte-level pieces.
+Post-norm, GELU, a norm after the embeddings; encoder and decoder each have a table of 1,024
+positions with two extra rows in front. The sentences of a text are shuffled and 30 % of its tokens
+masked, each span (3 tokens on average) by a single mask (§2.2, §4). 8,000 sequences, 500,000
+updates; dropout 0.1, which the paper turns off for the last tenth. The paper does not give the
+rest, which is RoBERTa's (`roberta.py`): Adam, learning rates, warmup, weight decay, 512 tokens,
+50,265 byte-level pieces.
 
     lm train --config experiments/bart.py:base --workdir runs/bart --config.parallel.preset=data \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json

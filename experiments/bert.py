@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2018, §3 and A.2): masked words and next sentences.
+"""BERT (Devlin et al. 2018, §3 and A.2): masked language modeling and next-sentence prediction.
 
 | variant     | parameters  | paper's | tokens | FLOPs  | expected                 |
 |-------------|-------------|---------|--------|--------|--------------------------|
@@ -8,16 +8,17 @@
 | large-cased | 333,579,264 | 340M    | 131B   | 2.4e20 |                          |
 | tiny        |             |         |        |        | for trying things out    |
 
-MNLI-m test (Table 1), SQuAD 1.1 dev (Table 2). Parameters, as the paper's, are those of encoder and
-pooler; the heads of the two objectives have 624,188 more (large: 1,084,220). Vocabularies are the
+MNLI-m test (Table 1), SQuAD 1.1 dev (Table 2). As in the paper, the parameters are those of encoder
+and pooler; the heads of the two objectives add 624,188 (large: 1,084,220). Vocabularies are the
 released ones, 30,522 and 28,996 pieces; the paper says 30,000.
 
-Adam (0.9, 0.999, eps 1e-6) without correction of its bias, decay 0.01 except of biases and norms,
-clipping at 1, lr 1e-4 after 10,000 steps, then linearly to 0 at 1,000,000; 256 sequences of 512
-tokens; dropout 0.1; everything from N(0, 0.02²), truncated at two deviations; 15 % of the tokens
-are predicted. Different from the paper: all steps have 512 tokens (there 90 % of them have 128, so
-it sees 43B), and masks are drawn anew for every example. GELU is the exact one, as in the released
-checkpoints' Hugging Face configuration; google-research/bert has the tanh form today.
+Adam (0.9, 0.999, eps 1e-6) without bias correction; weight decay 0.01, except for biases and norms;
+clipping at 1; lr 1e-4 after 10,000 warmup steps, then linear to 0 at 1,000,000; 256 sequences of
+512 tokens; dropout 0.1; initialization N(0, 0.02²), truncated at two standard deviations; 15 % of
+the tokens are predicted. Different from the paper: all steps have 512 tokens (in the paper, 90 % of
+the steps have 128, for 43B tokens in total), and masks are drawn anew for every example. GELU is
+exact, as in the Hugging Face configuration of the released checkpoints; google-research/bert now
+uses the tanh approximation.
 
     lm train --config experiments/bert.py:base --workdir runs/bert --config.parallel.preset=data \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json

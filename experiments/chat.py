@@ -1,17 +1,17 @@
-"""Supervised fine-tuning on instructions: the quickstart's model learns to answer.
+"""Instruction tuning: the quickstart model learns to answer.
 
-| variant  | what trains                                                 | steps |
+| variant  | trained parameters                                          | steps |
 |----------|-------------------------------------------------------------|-------|
-| full     | every parameter                                             | 300   |
-| lora     | token table, and updates of rank 16 of all matrices         | 300   |
-| lora8    | the same; the matrices themselves are kept in 8 bits        | 300   |
-| dpo      | every parameter, on pairs of a better and a worse answer    | 125   |
-| tiny     | every parameter of the tiny variant of stdlib.py            | 60    |
+| full     | all parameters                                              | 300   |
+| lora     | token embeddings, and rank-16 LoRA of all matrices          | 300   |
+| lora8    | the same, with an 8-bit base model                          | 300   |
+| dpo      | all parameters, on pairs of a better and a worse answer     | 125   |
+| tiny     | all parameters of the tiny variant of stdlib.py             | 60    |
 
-Rows of 512 tokens hold several conversations each; longer ones are cut after a turn of the
-assistant, or dropped, and counted (`lm data show`). Data: 8,354 short examples of T0's training
-mixture, prompts and completions, and 930 more for validation, in a folder `instruct` under
-$LM_DATA_DIR; from yizhongw/self-instruct. RESULTS.md has the figures.
+Conversations are packed into rows of 512 tokens. Longer ones are truncated after an assistant turn
+or dropped; `lm data show` prints the counts. Data: 8,354 short examples of T0's training mixture,
+as prompts and completions, and 930 for validation, in the folder `instruct` under $LM_DATA_DIR;
+from yizhongw/self-instruct. RESULTS.md has the results.
 
     scripts/quickstart.sh runs/quickstart
     LM_DATA_DIR=DIR lm train --config experiments/chat.py --workdir runs/chat \\
@@ -34,7 +34,7 @@ def get_config(variant="full"):
     n_layers, d_model, n_heads, steps = choose(VARIANTS, variant)
     config = default()
 
-    model = config.model  # that of stdlib.py
+    model = config.model  # as in stdlib.py
     model.n_layers, model.d_model, model.n_heads = n_layers, d_model, n_heads
     model.norm, model.positions, model.activation = "rmsnorm", "rotary", "gelu_tanh"
     model.bias = model.norm_bias = False

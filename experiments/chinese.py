@@ -1,7 +1,7 @@
-"""Classical Chinese verse: SentencePiece and a small decoder, from 0.93 M characters.
+"""Classical Chinese verse: a SentencePiece tokenizer and a small decoder, on 0.93M characters.
 
-Five per cent of the poems are for validation; the figure is bits a UTF-8 byte of them. Ours, and a
-sample: see RESULTS.md.
+Five per cent of the poems are held out for validation, which is measured in bits per UTF-8 byte.
+RESULTS.md has our result and a sample.
 
     LM_DATA_DIR=DIR lm train --config experiments/chinese.py --workdir runs/chinese
     lm generate --workdir runs/chinese --prompt 春 --top_p 0.9

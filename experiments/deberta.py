@@ -7,16 +7,17 @@
 | tiny    |             |         |        |        |                              |
 
 MNLI-m dev and SQuAD 2.0 dev (Tables 3 and 4). Scores and recipe are from memory, not checked
-against a copy. Parameters are those of DebertaV2Model; the generator and the heads of pretraining
-are counted apart.
+against the paper. Parameters are those of DebertaV2Model, without the generator and the pretraining
+heads.
 
-BERT's layers without positions in the input: scores are the sum of content to content, content to
-position and position to content, over √(3 d), with one table of 512 positions for all layers, whose
-buckets grow logarithmically from distance 128 to 512. A generator of half the depth, on the same
-embeddings, replaces 15 % of the tokens; the discriminator's loss counts 50 times. 128,100 pieces;
-8,192 sequences of 512 tokens, 500,000 updates; Adam (0.9, 0.98, eps 1e-6), decay 0.01, lr 6e-4
-(large: 3e-4) after 10,000 steps, linearly to 0; dropout 0.1. Different from the paper: the
-discriminator's gradient reaches the embeddings (ELECTRA's sharing, not gradient-disentangled).
+BERT's layers without position embeddings in the input. Attention logits are the sum of
+content-to-content, content-to-position and position-to-content terms, over √(3 d). All layers share
+one table of 512 relative positions, in logarithmic buckets for distances from 128 to 512. A
+generator with half the layers and the same embeddings replaces 15 % of the tokens; the
+discriminator's loss has weight 50. 128,100 pieces; 8,192 sequences of 512 tokens, 500,000 updates;
+Adam (0.9, 0.98, eps 1e-6), weight decay 0.01, lr 6e-4 (large: 3e-4) after 10,000 warmup steps,
+linear to 0; dropout 0.1. Different from the paper: the discriminator's gradient reaches the
+embeddings (ELECTRA's sharing instead of gradient-disentangled sharing).
 
     lm train --config experiments/deberta.py:tiny --workdir runs/deberta
     lm train --config experiments/deberta.py:base --workdir runs/base \

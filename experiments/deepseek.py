@@ -8,24 +8,25 @@
 | k2      | 1,026,408,209,408 | 32,861,477,888 | 1.04T, 32.6B | 15.5T  | 2.8e24 |            |
 | tiny    |                   |                |              |        |        | for trials |
 
-Sizes are the released configurations'; the reports' scores were not checked against a copy, so none
-is here. V3 is counted without its module for multi-token prediction (which
-`--config.objective.name=multi_token` adds, and decoding leaves out) and without the routers'
-biases, 256 a layer, which are no parameters but model state.
+Sizes are those of the released configurations. The reports' scores were not checked, so none are
+listed. V3 is counted without the multi-token prediction module (added by
+`--config.objective.name=multi_token`, and not used in decoding) and without the routers' biases,
+256 per layer, which are model state rather than parameters.
 
-Llama's block with multi-head latent attention: keys and values of all heads come from a latent of
-512 numbers, which alone is cached beside a rotated key of 64. After 1 or 3 plain layers experts
-follow, with one that every token uses (V2: two of 1,408 or 1,536, which are one of twice the
-width). V2 chooses by probability, from the 3 groups of 8 with the best expert; V3 by sigmoids and a
-bias that evens out the loads, from the 4 groups whose two best experts add up to most; K2 has no
-groups.
+Llama's block with multi-head latent attention: the keys and values of all heads are projected from
+a latent of 512 dimensions. Only this latent and a rotary key of 64 dimensions are cached. After 1
+or 3 dense layers come MoE layers with an expert shared by all tokens (V2's two shared experts of
+1,408 or 1,536 are one of twice the width). V2 routes by probability, within the 3 of 8 groups with
+the best expert. V3 routes by sigmoid plus a load-balancing bias, within the 4 groups whose two best
+experts have the largest sum. K2 has no groups.
 
-The first stage of training, with rows of 4,096 tokens, where released models' YaRN is not needed.
-AdamW (0.9, 0.95), decay 0.1, clipping at 1, 2,000 steps of warm-up, N(0, 0.006²) are DeepSeek's;
-then a cosine to 10 % is Llama's, where V2 has steps, and V3 and K2 hold the rate for 10T tokens.
-The largest batch of the reports is that of all steps. K2 has MuonClip instead of AdamW: Muon at
-Moonlight's scale, and queries and keys of heads with logits above 100 scaled down. Balance is the
-reports' loss of experts, without V2's of devices and communication.
+The recipe is the first stage of pretraining, with rows of 4,096 tokens, for which the YaRN of the
+released models is not needed. AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, 2,000 warmup
+steps and N(0, 0.006²) are DeepSeek's. The cosine to 10 % is Llama's: V2 decays in steps, and V3 and
+K2 hold the rate for 10T tokens. All steps have the largest batch size of the reports. K2 uses
+MuonClip instead of AdamW: Muon at Moonlight's scale, with queries and keys scaled down in heads
+whose logits exceed 100. The balance loss is the reports' expert-level loss, without V2's
+device-level and communication losses.
 
     lm train --config experiments/deepseek.py:v2-lite --workdir runs/deepseek \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\
@@ -45,7 +46,7 @@ EXPERTS = (
     "model.dense_layers model.expert_groups model.expert_groups_per_token "
     "model.expert_weights_scale"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on, and those of a step
+VARIANTS = {  # values of COLUMNS, training tokens, tokens per step
     "tiny": (("", 4, 128, 4, 48, 352, 0, 3e-3), (8, 2, 88, 88, 1, 4, 2, 1.0), 0, 0),
     "v2-lite": (
         ("deepseek-v2-lite", 27, 2048, 16, 0, 10944, 102_400, 4.2e-4),

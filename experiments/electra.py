@@ -1,4 +1,4 @@
-"""ELECTRA (Clark et al. 2020, §3.1 and Table 6): tell which tokens a generator has replaced.
+"""ELECTRA (Clark et al. 2020, §3.1 and Table 6): detect which tokens a generator replaced.
 
 | variant | parameters  | paper's | tokens | FLOPs  | expected             |
 |---------|-------------|---------|--------|--------|----------------------|
@@ -6,16 +6,16 @@
 | large   | 334,092,288 | 335M    | 1.84T  | 3.6e21 | MNLI 90.9, GLUE 89.5 |
 | tiny    |             |         |        |        |                      |
 
-MNLI dev: base of the released model, large of 1.75M updates (Table 2), from memory, not checked
-against a copy. Parameters are those of ElectraModel, the discriminator's; what the generator has
-beside their common embeddings, and the heads of pretraining, are counted apart.
+MNLI dev: base of the released model, large after 1.75M updates (Table 2), from memory, not checked
+against the paper. Parameters are those of ElectraModel, the discriminator, without the pretraining
+heads and what the generator does not share.
 
-BERT's model and a generator of the same depth and a third (large: a quarter) of its width, heads
-and feed-forward layer, which shares the embeddings and their norm. 15 % (large: 25 %) of the tokens
-are masked; the discriminator's loss counts 50 times. Adam (0.9, 0.999, eps 1e-6), decay 0.01, lr
-2e-4 after 10,000 steps, linearly to 0; 256 sequences of 512 tokens, 766,000 updates (large: 2,048,
-1,750,000); dropout 0.1. Different from the released code: all predicted tokens are masked, as in
-the paper (there 85 % of them).
+BERT's model, and a generator with as many layers and a third (large: a quarter) of the width, heads
+and d_ff, which shares the embeddings and their norm. 15 % (large: 25 %) of the tokens are masked;
+the discriminator's loss has weight 50. Adam (0.9, 0.999, eps 1e-6), weight decay 0.01, lr 2e-4
+after 10,000 warmup steps, linear to 0; 256 sequences of 512 tokens, 766,000 updates (large: 2,048
+and 1,750,000); dropout 0.1. Different from the released code: as in the paper, all predicted tokens
+are masked (there, 85 % of them).
 
     lm train --config experiments/electra.py:tiny --workdir runs/electra
     lm train --config experiments/electra.py:base --workdir runs/base \

@@ -1,4 +1,4 @@
-"""FLAN-T5 (Chung et al. 2022, §2): T5 1.1 fine-tuned on instructions of 1,836 tasks.
+"""FLAN-T5 (Chung et al. 2022, §2): T5 1.1 fine-tuned on instructions for 1,836 tasks.
 
 | variant | parameters     | paper's | tokens | FLOPs  | expected  |
 |---------|----------------|---------|--------|--------|-----------|
@@ -9,11 +9,11 @@
 | xxl     | 11,135,332,352 | 11B     | 1.15B  | 3.7e19 | MMLU 55.1 |
 
 Direct prompting with five examples (Table 5). Scores and recipe are from memory, not checked
-against a copy.
+against the paper.
 
-The model is T5 1.1 (`t5.py`), which fine-tuning starts from after 100,000 updates of prefix
-language modelling: name its run in config.init.from. Adafactor, lr 5e-4, dropout 0.05; 64 rows
-of 1,024 + 256 tokens, in which examples are packed and do not see each other.
+The model is T5 1.1 (`t5.py`), and fine-tuning starts after 100,000 further updates of prefix
+language modeling: name such a run in config.init.from. Adafactor, lr 5e-4, dropout 0.05; 64 rows of
+1,024 + 256 tokens, in which examples are packed without attending to each other.
 
     lm train --config experiments/flan_t5.py:small --workdir runs/flan --config.init.from=runs/t5 \
         --config.data.tokenizer=run:runs/t5 --config.data.source=jsonl:DIR/*.jsonl.gz
@@ -22,7 +22,7 @@ of 1,024 + 256 tokens, in which examples are packed and do not see each other.
 from lm.config import choose, default
 from lm.recipes import t5_block, t5_training
 
-VARIANTS = {  # paper entry, layers of each stack, d_model, heads, d_ff, updates
+VARIANTS = {  # paper entry, layers per stack, d_model, heads, d_ff, updates
     "small": ("flan-t5-small", 8, 512, 6, 1024, 98_000),
     "base": ("flan-t5-base", 12, 768, 12, 2048, 84_000),
     "large": ("flan-t5-large", 24, 1024, 16, 2816, 64_000),

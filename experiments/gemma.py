@@ -10,19 +10,20 @@
 | 3-1b    | 999,885,952   | 1B      | 2T     | 8.4e21 | HellaSwag 62.3 |
 | 3-4b    | 3,880,263,168 | 4B      | 4T     | 7.7e22 | MMLU 59.6      |
 
-Scores (MMLU 5-shot, HellaSwag 10-shot) and texts are the model cards'. Gemma 2's 2B and 9B and all
-of Gemma 3 learnt from a larger model's distribution; here they learn from the text, and will end
-lower. Learning rates, batches and schedules are not published: they are Llama 2's, with 3e-4.
+Scores (MMLU 5-shot, HellaSwag 10-shot) and token counts are from the model cards. Gemma 2's 2B and
+9B and all of Gemma 3 were distilled from a larger model; here they train on text alone and will
+score lower. Learning rates, batch sizes and schedules are not published: they are Llama 2's, with
+3e-4.
 
-Gemma 1's report counts 256,128 rows of embeddings (524,550,144 and 786,825,216 numbers); released
-are 256,000, and what is left agrees to the digit. Gemma 2's report prints both halves of the gated
-layer as one d_ff. 3-4b is without the vision encoder (417M).
+Gemma 1's report counts 256,128 embedding rows (524,550,144 and 786,825,216 parameters), but 256,000
+were released; the remaining parameters match exactly. In Gemma 2's report, d_ff counts both halves
+of the gated layer. 3-4b is without the vision encoder (417M).
 
-RMSNorm times 1 + w, embeddings times √d, GeGLU, heads of 256 numbers. Gemma 2 normalises before and
-after each sublayer, caps attention scores at 50 and logits at 30, and looks back 4,096 tokens in
-every other layer. Gemma 3 normalises queries and keys instead of capping; of six layers five look
-back 512 (3-4b: 1,024) tokens, with wavelengths of base 10⁴, and the last sees all, with 10⁶ (3-4b:
-eight times as long).
+RMSNorm with a scale of 1 + w, embeddings times √d, GeGLU, head dim 256. Gemma 2 normalizes before
+and after each sublayer, soft-caps attention logits at 50 and output logits at 30, and has a sliding
+window of 4,096 tokens in every other layer. Gemma 3 normalizes queries and keys instead of capping.
+Five of six layers have a window of 512 (3-4b: 1,024) tokens and RoPE of base 10⁴; the sixth is
+global, with base 10⁶ (3-4b: scaled by 8).
 
     lm train --config experiments/gemma.py:3-270m --workdir runs/gemma \
         --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \
@@ -36,7 +37,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
     "model.vocab_size data.sequence_length model.window"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "1-2b": (("gemma-2b", 18, 2048, 8, 1, 16384, 256_000, 8192, 0), 3e12),
     "1-7b": (("gemma-7b", 28, 3072, 16, 16, 24576, 256_000, 8192, 0), 6e12),
     "2-2b": (("gemma-2-2b", 26, 2304, 8, 4, 9216, 256_000, 8192, 4096), 2e12),

@@ -1,10 +1,11 @@
-"""Geo880, questions to lambda calculus: a recurrent encoder–decoder (Dong and Lapata 2016).
+"""Geo880, questions to lambda calculus: an LSTM encoder–decoder (Dong and Lapata 2016).
 
 The paper's sequence-to-sequence model with attention answers 84.6 % of the 280 test questions
-exactly; ours: see RESULTS.md. One layer of 300 units each, the encoder reads both ways, dropout
-0.5, label smoothing 0.1, Adam. `dev` holds out a quarter of the 600 training questions, to choose
-the settings, and sees the rest as often; `final` learns from all of them. Other quarters:
-`--config.data.validation_seed`. Six rows of several questions each are about 20 questions a step.
+exactly; our result is in RESULTS.md. One layer of 300 units in each stack, a bidirectional encoder,
+dropout 0.5, label smoothing 0.1, Adam. `dev` holds out a quarter of the 600 training questions to
+choose the settings, with as many epochs over the rest; `final` trains on all of them.
+`--config.data.validation_seed` chooses another quarter. Six rows of several questions each are
+about 20 questions per step.
 
     LM_DATA_DIR=DIR lm train --config experiments/geo880.py --workdir runs/geo880
     LM_DATA_DIR=DIR lm eval --workdir runs/geo880 --task --split test

@@ -4,15 +4,15 @@
 |---------|-------------|---------|--------|--------|-----------------------|
 | 117m    | 116,534,784 |         | 80B    | 4.1e19 | token perplexity 18.4 |
 
-The perplexity is that of held-out BooksCorpus. The paper prints no parameter count; 40,478 rows are
-those of the released encoder, 40,000 merges are the paper's.
+The perplexity is that of held-out BooksCorpus. The paper gives no parameter count. The 40,478
+embedding rows are those of the released tokenizer; the 40,000 merges are the paper's.
 
-Twelve layers normalised after the sum, no final norm, learned positions, tanh-GELU, dropout 0.1 of
-embeddings, sublayers and attention, everything from N(0, 0.02²). Adam, lr 2.5e-4 after 2,000
-updates, a cosine to 0 over 100 epochs, 64 rows of 512 tokens that run on across documents; the
-decay of 0.01 is decoupled and spares biases and gains. Not in the paper and taken from its code for
-fine-tuning: Adam's (0.9, 0.999), eps 1e-8, clipping at 1. BooksCorpus counts as 800M tokens here,
-its number of words (Devlin et al. 2018).
+Twelve post-norm layers without a final norm, learned positions, tanh-GELU; dropout 0.1 on
+embeddings, sublayers and attention; initialization N(0, 0.02²). Adam, lr 2.5e-4 after 2,000
+updates, a cosine to 0 over 100 epochs, 64 rows of 512 tokens that cross documents; decoupled weight
+decay 0.01, except for biases and gains. Not in the paper and taken from its fine-tuning code:
+Adam's (0.9, 0.999), eps 1e-8, clipping at 1. BooksCorpus counts as 800M tokens, its number of words
+(Devlin et al. 2018).
 
     lm train --config experiments/gpt1.py:117m --workdir runs/gpt1 --config.parallel.preset=data \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json

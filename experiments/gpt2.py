@@ -8,16 +8,18 @@
 | 1558m   | 1,557,611,200 | 1542M   | 33.6B  | 3.0e20 | WikiText-2 18.34                    |
 | nanogpt | 124,373,760   | 123.59M | 295B   | 1.5e20 | OpenWebText loss 2.85               |
 
-WikiText-2: perplexity per original word of OpenAI's checkpoints (Table 3), which learnt from
-WebText; losses are validation losses of llm.c and nanoGPT. The paper's counts are wrong by its
-authors' own word (README of the released code); nanoGPT's leaves out the table of positions.
+WikiText-2: perplexity per original word of OpenAI's checkpoints (Table 3), which were trained on
+WebText. Losses are validation losses of llm.c and nanoGPT. The parameter counts in the paper are
+wrong, as its authors say (README of the released code); nanoGPT's leaves out the position
+embeddings.
 
-The paper publishes no optimizer, schedule or token count. 124m, 355m and 1558m are llm.c's: AdamW
-(0.9, 0.95), decay 0.1 of matrices, clipping at 1, a cosine to 0 after 700 steps; 524,288 tokens a
-step (1558m: 1,048,576). For 774m there is none: its learning rate is that of GPT-3's 760M, its
-steps are 355m's. nanogpt has no biases, exact GELU, 50,304 rows, a cosine to 10 % after 2,000 of
-600,000 steps. Deviations are 0.02, for projections back to the residual stream over √(2 layers),
-which are as many as the paper's N. Documents are packed and attention crosses them.
+The paper publishes no optimizer, schedule or token count. 124m, 355m and 1558m follow llm.c: AdamW
+(0.9, 0.95), weight decay 0.1 on matrices, clipping at 1, a cosine to 0 after 700 warmup steps;
+524,288 tokens per step (1558m: 1,048,576). 774m has no recipe there: its learning rate is that of
+GPT-3's 760M, its number of steps 355m's. nanogpt has no biases, exact GELU, 50,304 rows, and a
+cosine to 10 % with 2,000 warmup and 600,000 total steps. Initialization has a standard deviation of
+0.02, divided by √(2 layers) for projections into the residual stream (the paper's N counts these).
+Documents are packed, and attention crosses them.
 
     lm train --config experiments/gpt2.py:124m --workdir runs/gpt2 \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=gpt2:DIR

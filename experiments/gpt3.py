@@ -11,16 +11,17 @@
 | 13b     | 12,853,386,240  | 13.0B   | 300B   | 2.3e22 | LAMBADA 72.5 |
 | 175b    | 174,604,259,328 | 175.0B  | 300B   | 3.1e23 | LAMBADA 76.2 |
 
-LAMBADA is zero-shot accuracy (Appendix H; of 175b Table 3.2 too: 76.2, perplexity 3.00). Two rows
-of the paper's table contradict themselves: 1.3B has 24 heads of 128 for a width of 2,048, here 16;
-13B has a width of 5,140 for 40 heads of 128, here 5,120. With these its parameters come out.
+LAMBADA is zero-shot accuracy (Appendix H; for 175b also Table 3.2: 76.2, perplexity 3.00). Two rows
+of the paper's table are inconsistent: 1.3B lists 24 heads of 128 for a width of 2,048 (16 here),
+and 13B a width of 5,140 for 40 heads of 128 (5,120 here). These values reproduce its parameter
+counts.
 
-GPT-2's model on 2,048 tokens. Adam (0.9, 0.95, eps 1e-8), decay 0.1, clipping at 1; warm-up over
-375M tokens, a cosine to 10 % at 260B, constant to 300B; batches of 0.5M to 3.2M tokens; documents
-are packed and attention crosses them. Different from the paper: batches have their full size from
-the start, where there they grow over the first 4 to 12 billion tokens; and every layer sees all of
-the row, where there every other one sees a band, whose width is not published:
-`--config.model.window=W --config.model.global_every=2` is such a model.
+GPT-2's model with 2,048 tokens. Adam (0.9, 0.95, eps 1e-8), weight decay 0.1, clipping at 1; warmup
+over 375M tokens, a cosine to 10 % at 260B, then constant to 300B; batches of 0.5M to 3.2M tokens;
+documents are packed, and attention crosses them. Different from the paper: batches have their full
+size from the start (in the paper they grow over the first 4 to 12 billion tokens), and attention is
+dense in every layer (in the paper, every other layer is locally banded with an unpublished width:
+set `--config.model.window=W --config.model.global_every=2` for such a model).
 
     lm train --config experiments/gpt3.py:125m --workdir runs/gpt3 --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=gpt2:DIR

@@ -6,16 +6,16 @@
 | 120b    | 116,829,156,672 | 5,711,982,912 | 116.8B, 5.13B | 4T *   | 1.1e23 |            |
 | tiny    |                 |               |               |        |        | for trials |
 
-Sizes are the released configurations'; the card's scores were not checked against a copy, so none
-is here. It counts active parameters without the table of tokens. * Neither text ("trillions of
-tokens") nor recipe is published: both are Llama 2's.
+Sizes are those of the released configurations. The model card's scores were not checked, so none
+are listed. Its active parameters exclude the token embeddings. * Data ("trillions of tokens") and
+recipe are not published: both are Llama 2's.
 
-A Llama with biases, whose heads have sinks: learned logits in the softmax's denominator. Every
-other layer looks back 128 tokens. Of 32 or 128 experts a token uses 4, with a router that has a
-bias, weighted by the softmax over their logits; their gate is cut at 7, and the input it multiplies
-is one more, and within 7. YaRN stretches wavelengths from 4,096 to 131,072 tokens, with which the
-models are written here. The balance loss is that of the released configuration, 0.9 over layers
-that are averaged; here 0.9 · 4 / layers each.
+A Llama with biases and attention sinks: one learned logit per head in the denominator of the
+softmax. Every other layer has a sliding window of 128 tokens. Each token uses 4 of 32 or 128
+experts, from a router with a bias, weighted by the softmax over their logits. An expert clips its
+gate at 7 and its linear input to ±7, to which it adds 1. YaRN extends the context from 4,096 to
+131,072 tokens, and the models are defined with it. The balance loss is that of the released
+configuration, 0.9 averaged over layers; here layers are summed, so it is 0.9 · 4 / layers each.
 
     lm train --config experiments/gpt_oss.py:20b --workdir runs/gpt-oss \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\

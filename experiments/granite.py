@@ -5,13 +5,13 @@
 | 3-2b    | 2,533,531,648 | 2.5B    | 12T    | 1.8e23 |          |
 | 3-8b    | 8,170,848,256 | 8.1B    | 12T    | 5.7e23 |          |
 
-Sizes and multipliers are the released configurations'. The report trains in two stages, 10T and 2T
-tokens, with muP and the power schedule (Shen et al. 2024, arXiv 2408.13359), whose constants and
-batch were not checked against a copy: the recipe here is Llama 2's, in one stage, with 3e-4; nor
-were its scores, so none is here.
+Sizes and multipliers are those of the released configurations. The report trains in two stages, 10T
+and 2T tokens, with muP and the power schedule (Shen et al. 2024, arXiv 2408.13359), whose constants
+and batch size were not checked. The recipe here is Llama 2's in one stage, with 3e-4. Scores were
+not checked either, so none are listed.
 
-A Llama with tied embeddings, multiplied by 12, sublayers multiplied by 0.22, attention scores by
-1 / head_dim in place of its root, and logits divided by 8 or 16.
+A Llama with tied embeddings multiplied by 12, sublayer outputs multiplied by 0.22, attention logits
+scaled by 1 / head_dim instead of its square root, and output logits divided by 8 or 16.
 
     lm train --config experiments/granite.py:3-2b --workdir runs/granite \
         --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \

@@ -17,16 +17,16 @@
 | tiny     |                 |         |        |        | for trying things out |
 
 MMLU is 5-shot (Llama 2, Table 3; Llama 3's model card). Learning rates are the papers': 3e-4 for
-the smaller, 1.5e-4 for the larger ones, 8e-5 for 405B. Llama 1 and 2: AdamW (0.9, 0.95; Llama 2
-with eps 1e-5), decay 0.1, clipping at 1, a cosine to 10 % after 2,000 steps, 4M tokens a step.
+the smaller, 1.5e-4 for the larger models, 8e-5 for 405B. Llama 1 and 2: AdamW (0.9, 0.95; Llama 2
+with eps 1e-5), weight decay 0.1, clipping at 1, a cosine to 10 % after 2,000 warmup steps, 4M
+tokens per step.
 
-Llama 3 publishes one recipe, that of 405B: 8,000 steps of warm-up, a cosine to 1 % over 1,200,000
-steps, in which the batch grows from 4M to 16M tokens. Here every step has 16M: 930,000 of them.
-8B and 70B have Llama 2's schedule over the 15T tokens of the model card. 3.2 was pruned from 3.1 8B
-and learnt from the logits of larger models, on up to 9T tokens; here it is trained from scratch.
-Released 3.1 and 3.2 stretch the rotary wavelengths for contexts beyond 8,192; here all are trained
-at 8,192, where that is not needed. Llama 3's paper prints a vocabulary of 128,000, released are
-128,256 rows.
+Llama 3 publishes only the recipe of 405B: 8,000 warmup steps, a cosine to 1 % over 1,200,000 steps,
+and a batch that grows from 4M to 16M tokens. Here all 930,000 steps have 16M. 8B and 70B use Llama
+2's schedule over the 15T tokens of the model card. The 3.2 models were pruned from 3.1 8B and
+distilled from larger models, on up to 9T tokens; here they are trained from scratch. The released
+3.1 and 3.2 scale RoPE for contexts beyond 8,192 tokens; here all are trained at 8,192, which does
+not need it. Llama 3's paper gives a vocabulary of 128,000; the release has 128,256 rows.
 
     lm train --config experiments/llama.py:2-7b --workdir runs/llama --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model
@@ -39,7 +39,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
     "model.vocab_size data.sequence_length model.tie_embeddings optimizer.learning_rate"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "tiny": (("", 4, 128, 4, 2, 352, 0, 256, False, 3e-3), 0),
     "1-7b": (("llama-1-7b", 32, 4096, 32, 32, 11008, 32000, 2048, False, 3e-4), 1e12),
     "1-13b": (("llama-1-13b", 40, 5120, 40, 40, 13824, 32000, 2048, False, 3e-4), 1e12),

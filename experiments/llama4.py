@@ -6,15 +6,15 @@
 | maverick | 400,711,848,960 | 17,184,691,200 | 400B, 17B | 22T    | 2.0e24 |            |
 | tiny     |                 |                |           |        |        | for trials |
 
-Tokens are the model cards', pictures and videos among them; their scores were not checked against a
-copy, so none is here. Both are without the vision encoder. Learning rates and batches are not
-published: they are Llama 2's, with 3e-4. Text rows have 8,192 tokens here.
+Token counts are the model cards' and include images and video. Scores were not checked, so none are
+listed. Both models are without the vision encoder. Learning rates and batch sizes are not
+published: they are Llama 2's, with 3e-4. Rows have 8,192 tokens here.
 
-Three of four layers see the chunk of 8,192 tokens that a token is in, and Scout normalizes queries
-and keys once they are rotated; each fourth layer sees the whole text, has no positions, and
-sharpens queries beyond 8,192 tokens. Each token uses a shared expert and one of 16 or, in every
-other layer of Maverick, 128, whose input is multiplied by the sigmoid of its logit; Maverick's
-other layers are twice as wide. Scout stretches rotary wavelengths 16 times.
+In three of four layers, a token attends within its chunk of 8,192 tokens, and Scout normalizes
+queries and keys after RoPE. Every fourth layer is global, has no positions (NoPE), and scales up
+queries beyond 8,192 tokens. Each token uses a shared expert and one of 16 (Scout) or, in every
+other layer, 128 (Maverick). The expert's input is multiplied by the sigmoid of its router logit.
+Maverick's dense layers are twice as wide. Scout scales RoPE by 16.
 
     lm train --config experiments/llama4.py:scout --workdir runs/llama4 \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\
@@ -31,7 +31,7 @@ COLUMNS = (
     "model.experts_every model.window"
 )
 _SIZES = (48, 5120, 40, 8, 128, 16384, 8192, 8192, 202_048)
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "tiny": (("", 4, 128, 4, 2, 32, 352, 176, 176, 0, 4, 2, 64), 0),
     "scout": (("llama-4-scout", *_SIZES, 16, 1, 8192), 40e12),
     "maverick": (("llama-4-maverick", *_SIZES, 128, 2, 8192), 22e12),

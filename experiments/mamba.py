@@ -9,12 +9,12 @@
 | 2.7b     | 2,702,599,680 | 2.7B    | 300B   | 4.6e21 |          |
 | bamba-9b | 9,780,235,392 | 9.8B    | 2.2T   | 1.2e23 |          |
 
-Sizes are the released configurations'. Learning rates, batches and tokens are from memory of the
-papers and were not checked against a copy, so no score is here; the schedule is Llama 2's.
+Sizes are those of the released configurations. Learning rates, batch sizes and token counts are
+from memory of the papers and were not checked, so no scores are listed; the schedule is Llama 2's.
 
-A block of Mamba-2 is RMSNorm and the mixer: heads of 64 inputs with a state of 128 numbers each,
-together twice as wide as the stream; no attention, no feed-forward layer, no positions. Bamba has
-SwiGLU after each mixer, and layers 9, 18 and 27 attend, with RoPE over half of each head.
+A Mamba-2 block is RMSNorm and the mixer: heads of 64 channels with a state of 128 each, together
+twice as wide as d_model; no attention, feed-forward layer or positions. Bamba adds SwiGLU after
+each mixer, and layers 9, 18 and 27 are attention, with RoPE on half of each head.
 
     lm train --config experiments/mamba.py:130m --workdir runs/mamba --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json
@@ -25,7 +25,7 @@ from lm.recipes import llama_block, llama_training
 
 COLUMNS = "paper model.n_layers model.d_model model.ssm_heads model.vocab_size"
 COLUMNS += " data.sequence_length optimizer.learning_rate"
-VARIANTS = {  # values of these columns; tokens of the training, and of a step
+VARIANTS = {  # values of COLUMNS, training tokens, tokens per step
     "130m": (("mamba2-130m", 24, 768, 24, 50_288, 2048, 3e-3), 3e11, 2**19),
     "370m": (("mamba2-370m", 48, 1024, 32, 50_288, 2048, 1.5e-3), 3e11, 2**19),
     "780m": (("mamba2-780m", 48, 1536, 48, 50_288, 2048, 1.25e-3), 3e11, 2**19),

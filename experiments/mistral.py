@@ -4,9 +4,9 @@
 |---------|---------------|---------|--------|--------|-----------|
 | 7b      | 7,241,732,096 | 7B      | 2T *   | 8.4e22 | MMLU 62.5 |
 
-MMLU is 5-shot, as Mixtral's Table 2 has it. * Neither text nor recipe is published: these are
-Llama 2's. Llama 2's block with eight key/value heads, whose attention looks back 4,096 tokens,
-itself included, in every layer; trained on rows of 8,192, the paper's context.
+MMLU is 5-shot, from Mixtral's Table 2. * Data and recipe are not published: these are Llama 2's.
+Llama 2's block with eight key/value heads and a sliding window of 4,096 tokens, the current one
+included, in every layer; trained on rows of 8,192, the paper's context length.
 
     lm train --config experiments/mistral.py:7b --workdir runs/mistral \
         --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \

@@ -6,12 +6,12 @@
 | 8x22b   | 140,620,634,112 | 39,152,031,744 | 141B    | 2T *   | 4.7e23 |            |
 | tiny    |                 |                |         |        |        | for trials |
 
-MMLU is 5-shot (Table 2). * Neither text nor recipe is published: these are Llama 2's.
+MMLU is 5-shot (Table 2). * Data and recipe are not published: these are Llama 2's.
 
-A Llama whose feed-forward layers are eight experts, of which each token uses two, weighted by the
-softmax over their two logits; nothing is dropped. The balance loss is that of the released
-configuration, 0.02: there both choices count, and layers are averaged; here loads add up to 1, and
-layers are summed, so 0.02 · 2 / layers each.
+A Llama whose feed-forward layers are eight experts. Each token uses two, weighted by the softmax
+over their two logits, and none are dropped. The balance loss is that of the released configuration,
+0.02, which counts both choices and averages over layers; here loads sum to 1 and layers are summed,
+so it is 0.02 · 2 / layers each.
 
     lm train --config experiments/mixtral.py:8x7b --workdir runs/mixtral \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\

@@ -1,4 +1,4 @@
-"""ModernBERT (Warner et al. 2024, §2.1 and Table 4): BERT with what decoders have learnt since.
+"""ModernBERT (Warner et al. 2024, §2.1 and Table 4): BERT with the architecture of newer decoders.
 
 | variant | parameters  | paper's | tokens | FLOPs  | expected  |
 |---------|-------------|---------|--------|--------|-----------|
@@ -6,15 +6,15 @@
 | large   | 395,881,664 | 395M    | 1.72T  | 3.5e21 | GLUE 90.4 |
 | tiny    |             |         |        |        |           |
 
-GLUE dev (Table 1). Scores and recipe are from memory, not checked against a copy. Parameters are
-those of ModernBertForMaskedLM, which has the output layer's dense layer, norm and bias.
+GLUE dev (Table 1). Scores and recipe are from memory, not checked against the paper. Parameters are
+those of ModernBertForMaskedLM, including the dense layer, norm and bias of its output.
 
-Pre-norm without a norm before the first attention, no biases, RoPE, gated GELU, norms without
-biases; layers 1, 4, 7, … see all tokens (RoPE of base 160,000), the others 64 on either side (base
-10,000). 30 % of the tokens are masked. 4,608 sequences of 1,024 tokens, 1.72T tokens; lr 8e-4
-(large: 5e-4), constant; decay 1e-5. Different from the paper: AdamW with clipping for StableAdamW;
-one batch size where its grows; base 10,000 of all layers while texts are short, the extension to
-8,192 tokens and the decay at the end (1 - sqrt) are left out.
+Pre-norm without a norm before the first attention layer, no biases, RoPE, gated GELU, norms without
+biases. Layers 1, 4, 7, … are global (RoPE base 160,000); the others attend to 64 tokens on either
+side (base 10,000). 30 % of the tokens are masked. 4,608 sequences of 1,024 tokens, 1.72T tokens; lr
+8e-4 (large: 5e-4), constant; weight decay 1e-5. Different from the paper: AdamW with clipping
+instead of StableAdamW; no batch-size warmup; RoPE base 10,000 in all layers in the first phase, the
+extension to 8,192 tokens and the final decay (1 - sqrt) are left out.
 
     lm train --config experiments/modernbert.py:tiny --workdir runs/modernbert
     lm train --config experiments/modernbert.py:base --workdir runs/base \

@@ -5,10 +5,10 @@
 | tok     | lower-cased, normalised, Moses-tokenised | 41.02 in the paper     | see RESULTS.md |
 | raw     | as written                               | (sacreBLEU)            | see RESULTS.md |
 
-The paper's recipe: 4 + 4 layers, d 128, 4 heads, feed-forward 256, dropout 0.3, label smoothing
-0.1, 10,000 joint pieces, 8,000 updates of 4,096 tokens, learning rate 5e-3 after 2,000 steps of
-warm-up and then by the inverse square root; the last 10 checkpoints averaged, beam 5. Of ours are
-SentencePiece instead of BPE and the length penalty. Under two hours of one core.
+The paper's recipe: 4 + 4 layers, d_model 128, 4 heads, d_ff 256, dropout 0.3, label smoothing 0.1,
+10,000 joint pieces, 8,000 updates of 4,096 tokens, learning rate 5e-3 after 2,000 warmup steps,
+then inverse square root; the last 10 checkpoints averaged, beam size 5. Different from the paper:
+SentencePiece instead of BPE, and the length penalty. Under two hours on one core.
 
     LM_DATA_DIR=DIR lm train --config experiments/multi30k.py --workdir runs/multi30k
     LM_DATA_DIR=DIR lm eval --workdir runs/multi30k --task --split test --average 10
@@ -50,7 +50,7 @@ def get_config(variant="tok"):
     data.validation_source, data.test_source = pair("val"), pair("test_2016_flickr")
     data.tokenizer, data.tokenizer_vocab_size = "sentencepiece", 10_000
     data.sequence_length = data.target_length = 48
-    data.batch_size = 86  # with 48 tokens a row 4,128
+    data.batch_size = 86  # 4,128 tokens, with 48 per row
 
     config.optimizer.learning_rate, config.optimizer.weight_decay = 5e-3, 0.0
     config.optimizer.adamw.b2 = 0.98

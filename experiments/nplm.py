@@ -6,15 +6,14 @@
 | mlp1    | 5,762,483  |         | 16M    | 4.6e14 | test perplexity 268 (MLP2: 257)  |
 | ap      | 11,904,264 |         | 70M    | 4.2e15 | (mixed: 109)                     |
 
-Figures in brackets are of a mixture with a trigram model, half and half, which is not here. The
-paper's best n-grams: 312 on Brown, 117 on AP News. It prints no counts; its formula (§2) gives
-these. Brown is cut after 800,000 and 1,000,000 words;
-words that occur 3 times or less are one.
+Perplexities in brackets are of an equal mixture with a trigram model, which lm does not have. The
+paper's best n-grams reach 312 on Brown and 117 on AP News. It gives no parameter counts; these
+follow from its formula (§2). Brown is split after 800,000 and 1,000,000 words, and words that occur
+at most 3 times are merged into one.
 
-Each word is a step in the paper, with a learning rate of 1e-3 / (1 + 1e-8 t) and decay of 1e-4 (AP
-News 1e-5) of weights and features. Here 128 words are one step with 128 times that rate, and t
-counts them all the same. Brown took 10 to 20 epochs; the paper ran 5 of AP News, and says
-nothing of the initialisation.
+In the paper, each word is a step, with a learning rate of 1e-3 / (1 + 1e-8 t) and weight decay of
+1e-4 (AP News 1e-5). Here 128 words are one step with 128 times that rate, and t still counts words.
+Brown took 10 to 20 epochs, AP News 5. The paper does not describe the initialization.
 
     lm train --config experiments/nplm.py:mlp9 --workdir runs/nplm \
         --config.data.source=text:DIR/train.txt --config.data.validation_source=text:DIR/valid.txt

@@ -10,16 +10,16 @@
 | 3-32b   | 32,233,522,176 | 32,233,522,176 | 32B     | 5.5T   | 1.0e24 |          |
 | e-1b-7b | 6,919,161,856  | 1,282,017,280  | 6.9B    | 5.1T   | 3.3e22 |          |
 
-Sizes are the released configurations'. Learning rates, batches and tokens are those of the first
-stage of pretraining, without mid-training; neither they nor the scores were checked against a copy
-of the reports, so no score is here. The schedule is Llama 2's.
+Sizes are those of the released configurations. Learning rates, batch sizes and token counts are
+those of the first stage of pretraining, without mid-training. Neither they nor the scores were
+checked against the reports, so no scores are listed. The schedule is Llama 2's.
 
-RMSNorm of the outputs of sublayers inside the residual sum, and of queries and keys over all heads
-together; RoPE of base 500,000. Three of four layers of OLMo 3 look back 4,096 tokens; released
-models stretch the wavelengths of the others by YaRN from 8,192 to 65,536 tokens, with which they
-are written here. OLMoE is a Llama with such norms of queries and keys: each token uses 8 of 64
-experts, weighted by their probabilities among all. Its losses of balance, 0.01, and of router
-logits, 0.001, are averages of the layers there and sums here.
+OLMo 2 applies RMSNorm to sublayer outputs before the residual sum, and to queries and keys over all
+heads together; RoPE base 500,000. In OLMo 3, three of four layers have a sliding window of 4,096
+tokens; released models extend the others by YaRN from 8,192 to 65,536 tokens, and are defined with
+it. OLMoE is a Llama with the same query and key norms: each token uses 8 of 64 experts, weighted by
+their probabilities among all. Its balance loss, 0.01, and router z-loss, 0.001, are averaged over
+layers in the paper and summed here.
 
     lm train --config experiments/olmo.py:2-1b --workdir runs/olmo --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json
@@ -32,7 +32,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
     "model.vocab_size data.sequence_length optimizer.learning_rate"
 )
-VARIANTS = {  # values of these columns; tokens of the training, and of a step
+VARIANTS = {  # values of COLUMNS, training tokens, tokens per step
     "2-1b": (("olmo-2-1b", 16, 2048, 16, 16, 8192, 100_352, 4096, 4e-4), 4e12, 2**21),
     "2-7b": (("olmo-2-7b", 32, 4096, 32, 32, 11008, 100_352, 4096, 3e-4), 4e12, 2**22),
     "2-13b": (("olmo-2-13b", 40, 5120, 40, 40, 13824, 100_352, 4096, 9e-4), 5e12, 2**23),

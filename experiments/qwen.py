@@ -11,14 +11,14 @@
 | 3-4b    | 4,022,468,096 | 4B      | 36T    | 7.8e23 |          |
 | 3-8b    | 8,190,735,360 | 8B      | 36T    | 1.5e24 |          |
 
-Sizes and texts are the reports' and the released configurations'; learning rates and batches are
-not published, so they are Llama 2's: 4M tokens a step, 3e-4. The reports' scores were not checked
-against a copy, so none is here.
+Sizes and token counts are those of the reports and released configurations. Learning rates and
+batch sizes are not published, so they are Llama 2's: 4M tokens per step, 3e-4. Scores were not
+checked, so none are listed.
 
-Llama's block: Qwen2 has biases of queries, keys and values; Qwen3 has none and normalises queries
-and keys over each head, whose dimension is 128 whatever d_model is. The table of tokens is filled
-up, 151,936 rows for 151,669 tokens (7B: 152,064). Rows of 4,096 tokens, as in the first and longest
-of Qwen3's stages; the later ones go on with 32,768.
+Llama's block. Qwen2 has biases on queries, keys and values; Qwen3 has none and normalizes queries
+and keys per head, with head dim 128 whatever d_model is. The token embeddings are padded: 151,936
+rows for 151,669 tokens (7B: 152,064). Rows have 4,096 tokens, as in the first and longest of
+Qwen3's stages; later ones use 32,768.
 
     lm train --config experiments/qwen.py:3-0.6b --workdir runs/qwen --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=tokenizers:FILE.json
@@ -31,7 +31,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.head_dim "
     "model.d_ff model.vocab_size model.tie_embeddings"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "2-0.5b": (("qwen2-0.5b", 24, 896, 14, 2, 64, 4864, 151_936, True), 12e12),
     "2-1.5b": (("qwen2-1.5b", 28, 1536, 12, 2, 128, 8960, 151_936, True), 7e12),
     "2-7b": (("qwen2-7b", 28, 3584, 28, 4, 128, 18944, 152_064, False), 7e12),

@@ -6,16 +6,16 @@
 | 3-30b-a3b   | 30,532,122,624  | 3,353,032,704  | 30.5B   | 36T    | 5.9e23 |          |
 | 3-235b-a22b | 235,093,634,560 | 22,190,763,520 | 235B    | 36T    | 4.5e24 |          |
 
-Sizes and texts are the reports' and the released configurations'; learning rates and batches are
-not published, so they are Llama 2's: 4M tokens a step, 3e-4. 2-57b-a14b started from the 7B's
-parameters ("upcycling") with 4.5T tokens more; here it is trained on these from scratch. The
-reports' scores were not checked against a copy, so none is here.
+Sizes and token counts are those of the reports and released configurations. Learning rates and
+batch sizes are not published, so they are Llama 2's: 4M tokens per step, 3e-4. 2-57b-a14b was
+upcycled from the 7B's parameters and trained on 4.5T more tokens; here it is trained on these from
+scratch. Scores were not checked, so none are listed.
 
-Qwen's blocks (`qwen.py`), whose feed-forward layers are experts of their own width. 2-57b-a14b has
-64, of which a token uses 8, weighted by their probabilities among all, and a shared one, times a
-sigmoid of the token. Qwen3 has 128 and no shared one; the weights of a token's 8 add up to 1. The
-balance loss is that of the released configurations, 0.001: there all choices count, and layers are
-averaged; here loads add up to 1, and layers are summed, so 0.001 · 8 / layers each.
+Qwen's blocks (`qwen.py`) with experts as feed-forward layers. In 2-57b-a14b each token uses 8 of
+64, weighted by their probabilities among all, and a shared expert gated by a sigmoid of the token.
+In Qwen3 each token uses 8 of 128, with weights normalized to 1, and no shared expert. The balance
+loss is that of the released configurations, 0.001, which counts all choices and averages over
+layers; here loads sum to 1 and layers are summed, so it is 0.001 · 8 / layers each.
 
     lm train --config experiments/qwen_moe.py:3-30b-a3b --workdir runs/qwen \\
         --config.parallel.mesh.data=1 --config.parallel.mesh.fsdp=-1 \\
@@ -30,7 +30,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
     "model.n_experts model.expert_d_ff model.shared_expert_d_ff"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "2-57b-a14b": (("qwen2-57b-a14b", 28, 3584, 28, 4, 18944, 64, 2560, 20480), 4.5e12),
     "3-30b-a3b": (("qwen3-30b-a3b", 48, 2048, 32, 4, 6144, 128, 768, 0), 36e12),
     "3-235b-a22b": (("qwen3-235b-a22b", 94, 4096, 64, 4, 12288, 128, 1536, 0), 36e12),

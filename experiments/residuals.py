@@ -1,8 +1,8 @@
-"""Residual streams beside the plain sum: hyper-connections and value residuals, on stdlib.
+"""Alternatives to the residual sum: hyper-connections and value residuals, on stdlib.
 
-Zhu et al. 2024 (arXiv 2409.19606) and Zhou et al. 2024
-(ResFormer, arXiv 2410.17897), each alone and both together, as trials of the code: the model is
-small and the 200 steps, about 40 seconds of a core, are too few to rank them.
+Hyper-connections (Zhu et al. 2024, arXiv 2409.19606) and value residuals (ResFormer; Zhou et al.
+2024, arXiv 2410.17897), alone and together, to try out the code: the model is small, and 200 steps,
+about 40 seconds on one core, are too few to rank them.
 
     lm train --config experiments/residuals.py:hyper --workdir runs/hyper
 """

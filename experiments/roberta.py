@@ -1,17 +1,18 @@
-"""RoBERTa (Liu et al. 2019, §3.1 and Table 9): BERT's model, masked words only, more of everything.
+"""RoBERTa (Liu et al. 2019, §3.1 and Table 9): BERT without next sentences, trained longer.
 
 | variant | parameters  | paper's | tokens | FLOPs  | expected              |
 |---------|-------------|---------|--------|--------|-----------------------|
 | base    | 124,697,433 | 125M    | 2.1T   | 1.1e21 | MNLI 87.6, SST-2 94.8 |
 | large   | 355,412,057 | 355M    | 2.1T   | 3.8e21 | MNLI 90.2, SST-2 96.4 |
 
-Scores are GLUE dev, of fairseq's README. Parameters are those of Hugging Face's RobertaForMaskedLM,
-which has a table of one token type (fairseq has none) and 514 positions, of which the first two
-stand for padding.
+Scores are GLUE dev, from fairseq's README. Parameters are those of Hugging Face's
+RobertaForMaskedLM, which has one token type embedding (fairseq has none) and 514 positions, of
+which the first two are for padding.
 
-Adam (0.9, 0.98, eps 1e-6), decay 0.01, no clipping, lr 6e-4 after 24,000 steps (large: 4e-4 after
-30,000), linearly to 0 at 500,000; 8,192 sequences of 512 tokens that run on across documents;
-dropout 0.1; 50,265 byte-level pieces. fairseq's public configuration is a smaller recipe.
+Adam (0.9, 0.98, eps 1e-6), weight decay 0.01, no clipping, lr 6e-4 after 24,000 warmup steps
+(large: 4e-4 after 30,000), linear to 0 at 500,000; 8,192 sequences of 512 tokens that cross
+documents; dropout 0.1; 50,265 byte-level pieces. fairseq's public configuration is a smaller
+recipe.
 
     lm train --config experiments/roberta.py:base --workdir runs/roberta \
         --config.parallel.preset=data --config.data.source=jsonl:DIR/*.jsonl.gz \

@@ -1,4 +1,4 @@
-"""nanoGPT's two character-level recipes on tiny-shakespeare, and the best we know at CPU size.
+"""nanoGPT's two character-level recipes on tiny-shakespeare, and an improved one.
 
 Reference (whole validation part, last 10 % of the text, nats a character):
 
@@ -8,10 +8,10 @@ Reference (whole validation part, last 10 % of the text, nats a character):
 | gpu     | 6 layers, 6 heads, d 384       | 64 × 256 | 5,000 | 1.4697    | (not run here)  |
 | best    | as cpu, rotary, RMSNorm, Muon  | 3 × 256  | 2,000 | –         | 1.5427          |
 
-`best` keeps cpu's data, steps, tokens a batch (768) and depth and width, and has 8,192 parameters
-less. 1.904 is the mean of nanoGPT's own code for two seeds (1.9053, 1.9031); its README's 1.88 and
-1.4697 are estimates from random batches. Data: `input.txt` of karpathy/char-rnn, 1,115,394
-characters, in a folder `tinyshakespeare` under $LM_DATA_DIR.
+`best` keeps the data, steps, tokens per batch (768), depth and width of `cpu` and has 8,192 fewer
+parameters. 1.904 is the mean of nanoGPT's own code for two seeds (1.9053, 1.9031); its README's
+1.88 and 1.4697 are estimates from random batches. Data: `input.txt` of karpathy/char-rnn, 1,115,394
+characters, in the folder `tinyshakespeare` under $LM_DATA_DIR.
 
     LM_DATA_DIR=DIR lm train --config experiments/shakespeare.py:cpu --workdir runs/shakespeare
 """
@@ -49,10 +49,10 @@ def get_config(variant="cpu"):
     config.optimizer.decay = "matrices"
     config.optimizer.adamw.b2 = 0.99
     config.schedule.warmup_steps = 100
-    # 176 windows make the whole validation part ten batches of the small models, one dispatch.
+    # With 176 windows, the whole validation split is ten batches of the small models: one dispatch.
     config.eval.every_steps, config.eval.batch_size = 1000, 176 if batch < 64 else batch
     config.checkpoint.every_steps = 500
-    config.log.tensorboard = False  # its events cost a millisecond a step, of 35
+    config.log.tensorboard = False  # events take 1 of 35 ms per step
 
     if variant == "best":
         model.norm, model.positions, model.activation = "rmsnorm", "rotary", "gelu_tanh"

@@ -9,15 +9,17 @@ Spearman's correlation of cosine and human similarity, over the pairs whose word
 | GloVe 6B, d 50, its 20,000 first words   | 0.522 (319)     | 0.684 (2,278)  | 0.271 (923)     |
 | GloVe 6B, d 50, whole                    | 0.5033          | 0.6523         | 0.2646          |
 
-gensim trained on the same text with the same window, negatives, subsample and min_count. Options
-are compared by MEN; WS-353 is read once. GloVe saw 6 billion words, this model 2 million.
+gensim was trained on the same text with the same window, negatives, subsampling and min_count.
+Options were chosen by MEN; WS-353 was evaluated once. GloVe was trained on 6 billion words, this
+model on 2 million.
 
-The step is word2vec's: SGD, whose rate falls linearly from 0.025 a pair. The trainer takes the
-mean over the pairs of a batch, about 4,600, hence 125. AdamW at 0.002 with batches of 64 had after
-10 epochs the validation loss that this had after 4 (2.494 and 2.488 nats a pair).
+The training step is word2vec's: SGD with a rate that falls linearly from 0.025 per pair. The
+trainer averages over the pairs of a batch, about 4,600, hence the learning rate of 125. AdamW at
+0.002 with batches of 64 needs 10 epochs for the validation loss that SGD reaches in 4 (2.494 and
+2.488 nats per pair).
 
-Data: the word-level WikiText-2 files (plain or .gz) in a folder `wikitext2` under $LM_DATA_DIR.
-30 ms of processor time a step of 2,048 words: about 10 minutes in all.
+Data: the word-level WikiText-2 files (plain or .gz) in the folder `wikitext2` under $LM_DATA_DIR. A
+step of 2,048 words takes 30 ms of CPU time: about 10 minutes in all.
 
     LM_DATA_DIR=DIR lm train --config experiments/skip_gram.py --workdir runs/skip_gram
     lm vectors --workdir runs/skip_gram --output vectors.txt.gz --similarity EN-WS-353-ALL.txt
@@ -45,7 +47,7 @@ def get_config(variant="wikitext2"):
     data.source = "text:wikitext2/wiki.train.tokens*"
     data.validation_source = "text:wikitext2/wiki.valid.tokens*"
     data.tokenizer, data.lowercase = "words", True
-    data.tokenizer_vocab_size, data.tokenizer_min_count = 100_000, 5  # all with that count
+    data.tokenizer_vocab_size, data.tokenizer_min_count = 100_000, 5  # all words with that count
     data.sequence_length, data.batch_size = 128, 16
 
     config.optimizer.name, config.optimizer.sgd.momentum = "sgd", 0.0

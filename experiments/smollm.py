@@ -8,13 +8,13 @@
 | 3-3b    | 3,075,098,624 | 3B      | 11.2T  | 1.9e23 |            |
 | tiny    |               |         |        |        | for trials |
 
-Sizes are the released configurations'. Learning rates, batches and tokens are from memory of the
-report and the blog, and so are the rates' last tenth (SmolLM3, 2-1.7b) or fifth, in which they fall
-to 0; neither they nor scores were checked against a copy, so no score is here.
+Sizes are those of the released configurations. Learning rates, batch sizes, token counts and the
+final decay to 0, over the last tenth (SmolLM3, 2-1.7b) or fifth of the steps, are from memory of
+the report and the blog. Neither they nor the scores were checked, so no scores are listed.
 
 SmolLM2 is a Llama with tied embeddings. SmolLM3 has no positions in every fourth layer (NoPE, Yang
-et al. 2025, arXiv 2501.18795); it was trained on rows of 4,096 tokens with base 50,000, which later
-stages raised to 5,000,000 for 65,536 tokens, as it is written here.
+et al. 2025, arXiv 2501.18795). It was trained on rows of 4,096 tokens with RoPE base 50,000; later
+stages raised the base to 5,000,000 for 65,536 tokens, which is the one used here.
 
     lm train --config experiments/smollm.py:2-135m --workdir runs/smollm \
         --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \
@@ -28,7 +28,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff "
     "model.vocab_size model.rope_theta data.sequence_length optimizer.learning_rate"
 )
-VARIANTS = {  # values of these columns; tokens of the training, and of a step
+VARIANTS = {  # values of COLUMNS, training tokens, tokens per step
     "tiny": (("", 4, 128, 4, 2, 352, 0, 1e4, 256, 3e-3), 0, 0),
     "2-135m": (("smollm2-135m", 30, 576, 9, 3, 1536, 49_152, 1e5, 2048, 3e-3), 2e12, 2**20),
     "2-360m": (("smollm2-360m", 32, 960, 15, 5, 2560, 49_152, 1e5, 2048, 3e-3), 4e12, 2**20),

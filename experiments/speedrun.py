@@ -1,9 +1,9 @@
-"""One small model, batch and corpus for every optimizer: the fewest steps to a validation loss win.
+"""Optimizer comparison: steps to a target validation loss on one model, batch and corpus.
 
-A GPT of 1.05 million parameters on the source code of the running Python's standard library, 400
-batches of 512 tokens, about a minute of one core. A variant is an optimizer at the best of the
-rates in RESULTS.md; model, batch, data, warm-up, weight decay and clipping are the same for all,
-and so is the linear decay to 0, but that schedule-free learning has none.
+A GPT of 1.05 million parameters on the source code of Python's standard library, 400 batches of 512
+tokens, about a minute on one core. A variant is an optimizer at its best learning rate in
+RESULTS.md. All share model, batch, data, warmup, weight decay, clipping and the linear decay to 0,
+which only the schedule-free optimizer does without.
 
     scripts/speedrun.py --output runs/speedrun.jsonl    # all rates, then the best, three seeds
     lm train --config experiments/speedrun.py:soap --workdir runs/soap
@@ -26,7 +26,7 @@ OPTIMIZERS = {  # learning rate, keys of section "optimizer"
     "muon-rms": (8e-3, {"name": "muon", "muon.adam_ratio": 1.0, "muon.rms": 0.2}),
     "normuon": (4e-2, {"name": "muon", "muon.adam_ratio": 0.15, "muon.neuron_b2": 0.95}),
 }
-TARGET = 5.2  # validation loss, nats a token
+TARGET = 5.2  # validation loss, nats per token
 
 
 def get_config(variant="muon"):

@@ -1,7 +1,8 @@
-"""Spoken digits: Whisper's architecture and objective, small, on one CPU core.
+"""Spoken digits: a small model with Whisper's architecture and objective, on one CPU core.
 
-One to seven English digits in a row, spoken by espeak-ng and noisy (`scripts/spoken_digits.py`);
-the speakers of validation and test are not those of training. Word error rates: see RESULTS.md.
+Recordings are one to seven English digits, synthesized by espeak-ng with added noise
+(`scripts/spoken_digits.py`). Validation and test speakers are not in the training data. Word error
+rates are in RESULTS.md.
 
     python scripts/spoken_digits.py DIR/spoken_digits
     LM_DATA_DIR=DIR lm train --config experiments/spoken_digits.py --workdir runs/spoken_digits
@@ -21,14 +22,14 @@ def get_config():
     model.positions, model.max_length = "learned", 16
     model.attention_bias, model.activation = "no_key", "gelu_erf"
     model.n_mels = 40
-    model.init = "fan_in"  # of 0.02 the features would be lost beside the encoder's positions
+    model.init = "fan_in"  # with 0.02, positions would drown the features
 
     config.objective.name = "transcription"
     config.objective.masks, config.objective.mask_frames, config.objective.mask_bins = 2, 20, 8
     data = config.data
     data.source = "audio:spoken_digits/train/one_digit.csv,audio:spoken_digits/train"
     data.schedule = (
-        "0: 1 0; 300: 1 0; 600: 0.1 0.9"  # attention learns where to look from one digit
+        "0: 1 0; 300: 1 0; 600: 0.1 0.9"  # single digits first, so that attention learns to align
     )
     data.validation_source = "audio:spoken_digits/validation"
     data.test_source = "audio:spoken_digits/test"

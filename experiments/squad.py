@@ -1,17 +1,17 @@
-"""SQuAD 1.1, an answer as a span of its context: fine-tuning BERT (Devlin et al. 2018, §4.2).
+"""SQuAD 1.1, extractive question answering: fine-tuning BERT (Devlin et al. 2018, §4.2).
 
 | variant | model                                     | exact match / F1 on dev    |
 |---------|-------------------------------------------|----------------------------|
 | base    | BERT base, uncased                        | 80.8 / 88.5 in the paper   |
 | large   | BERT large, uncased                       | 84.1 / 90.9 in the paper   |
-| xquad   | 2 layers, d 64, from scratch on 1,071     | none: a look at the        |
-|         | questions of XQuAD, in minutes on a CPU   | machinery                  |
+| xquad   | 2 layers, d 64, from scratch on 1,071     | none: a quick test on a    |
+|         | questions of XQuAD                        | CPU, in minutes            |
 
-3 epochs of batches of 32 at learning rate 5e-5, rows of 384 tokens, windows of long contexts 128
-apart. There are about 88,500 windows with uncased WordPiece, so 8,300 steps. The paper doesn't say
-warm-up and decay: its code warms up for a tenth, then goes linearly to 0. For SQuAD 2.0, whose
-questions may have no answer, name its files in config.data.source and config.data.validation_source
-and train for 2 epochs of batches of 48, which is 5,500 steps.
+3 epochs of batches of 32 at learning rate 5e-5; rows of 384 tokens, long contexts in windows with a
+stride of 128. Uncased WordPiece gives about 88,500 windows, so 8,300 steps. The paper does not
+state warmup and decay: its code warms up for a tenth of the steps, then decays linearly to 0. For
+SQuAD 2.0, with unanswerable questions, name its files in config.data.source and
+config.data.validation_source and train for 2 epochs of batches of 48, which is 5,500 steps.
 
     LM_DATA_DIR=DIR lm train --config experiments/squad.py:base --workdir runs/squad \
         --config.init.from=runs/bert --config.data.tokenizer=run:runs/bert

@@ -1,4 +1,4 @@
-"""SST-2, the sentiment of a sentence: the models that papers compare with, and a fine-tuned one.
+"""SST-2, sentence sentiment: the models that papers compare with, and a fine-tuned one.
 
 | variant     | model                                             | published test accuracy      |
 |-------------|---------------------------------------------------|------------------------------|
@@ -6,9 +6,9 @@
 | transformer | 2 layers, d 50, 5 heads, pooled first token        | –                            |
 | minilm      | 6 layers, d 384, 12 heads, imported and fine-tuned | –                            |
 
-The first two start from GloVe vectors of 50 numbers. All train on the 67,349 phrases of GLUE. The
-published figures (Tai et al. 2015) have vectors of 300. The checkpoint that is best on the 872
-sentences of dev is tested once on the 1,821 labelled test sentences. Ours: see RESULTS.md.
+The first two start from GloVe vectors of 50 dimensions (300 in the published results, Tai et al.
+2015). All train on the 67,349 phrases of GLUE. The checkpoint that is best on the 872 dev sentences
+is tested once, on the 1,821 labeled test sentences. Our results are in RESULTS.md.
 
     LM_DATA_DIR=DIR lm train --config experiments/sst2.py:lstm --workdir runs/sst2
     LM_DATA_DIR=DIR lm eval --workdir runs/sst2 --best --task --split test

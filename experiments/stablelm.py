@@ -5,13 +5,13 @@
 | 3b      | 2,795,443,200 | 2.8B    | 4T     | 6.1e22 |          |
 | 2-1.6b  | 1,644,515,328 | 1.6B    | 2T     | 1.5e22 |          |
 
-Sizes are the released configurations'. 3b sees 1T tokens four times. Batches of 4M tokens and 3b's
-cosine from 3.2e-4 to 4 % are the model card's, from memory; 2-1.6b has the same schedule here from
-1e-3, where the report joins a cosine, an inverse root and a line to 0. Scores were not checked
-against a copy, so none is here.
+Sizes are those of the released configurations. 3b makes four passes over 1T tokens. Batches of 4M
+tokens and 3b's cosine from 3.2e-4 to 4 % are the model card's, from memory. 2-1.6b uses the same
+schedule from 1e-3; the report joins a cosine, an inverse square root and a linear decay to 0.
+Scores were not checked, so none are listed.
 
-A Llama with LayerNorm, of whose heads RoPE rotates the first quarter; 2-1.6b has biases of queries,
-keys and values.
+A Llama with LayerNorm, in which RoPE rotates the first quarter of each head; 2-1.6b has biases on
+queries, keys and values.
 
     lm train --config experiments/stablelm.py:2-1.6b --workdir runs/stablelm \
         --config.parallel.preset=fsdp --config.data.source=jsonl:DIR/*.jsonl.gz \
@@ -25,7 +25,7 @@ COLUMNS = (
     "paper model.n_layers model.d_model model.n_heads model.d_ff model.vocab_size "
     "optimizer.learning_rate"
 )
-VARIANTS = {  # values of these columns; the tokens it was trained on
+VARIANTS = {  # values of COLUMNS, training tokens
     "3b": (("stablelm-3b-4e1t", 32, 2560, 32, 6912, 50_304, 3.2e-4), 4e12),
     "2-1.6b": (("stablelm-2-1.6b", 24, 2048, 32, 5632, 100_352, 1e-3), 2e12),
 }

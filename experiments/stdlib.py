@@ -1,8 +1,8 @@
-"""The embedded default: a GPT on the source code of the running Python's standard library.
+"""The default experiment: a GPT on the source code of Python's standard library.
 
-Real text that is on every machine, nothing to download; the files held out for validation are
-chosen by a hash of their names. `scripts/quickstart.sh` trains it in five minutes on two
-CPU cores; RESULTS.md has the figures.
+The text is on every machine, so there is nothing to download. A hash of the file names chooses the
+files held out for validation. `scripts/quickstart.sh` trains it in five minutes on two CPU cores;
+RESULTS.md has the results.
 
     lm train --config experiments/stdlib.py --workdir runs/stdlib
 """

@@ -7,14 +7,15 @@
 | base-256 | 14,664,154,368 | 14.7B   | 128B   | 7.7e19 |                            |
 | tiny     |                |         |        |        | for trying things out      |
 
-Negative log perplexity after 100,000 steps with capacity factor 1.0 (Table 1). The paper's numbers
-are Table 9's (128 experts) and Figure 4's (256). Counts are those of Figure 4 and of the released
-checkpoints, with ReLU and d_ff 3072, where Table 9 lists a gated layer of 2048.
+Negative log perplexity after 100,000 steps with capacity factor 1.0 (Table 1). The paper's
+parameter counts are from Table 9 (128 experts) and Figure 4 (256). Ours are those of Figure 4 and
+the released checkpoints, with ReLU and d_ff 3072, where Table 9 lists a gated layer of 2048.
 
-T5 1.0 (`t5.py`) in which every other feed-forward layer of both stacks has experts of its width;
-a token uses the most probable one, times its probability (eq. 2). Balance loss 0.01 (eq. 4), router
-in float32, its input jittered by 1 %, deviations √(0.1 / inputs) truncated at two (§2.4), capacity
-factor 1.0 of a row. No dropout while pretraining. Optimizer, schedule and batch are T5's.
+T5 1.0 (`t5.py`) with experts of the same width in every other feed-forward layer of both stacks.
+Each token uses its most probable expert, multiplied by the probability (eq. 2). Balance loss 0.01
+(eq. 4), router in float32 with 1 % input jitter, initialization with standard deviation √(0.1 /
+inputs), truncated at two (§2.4), capacity factor 1.0 per row. No dropout in pretraining. Optimizer,
+schedule and batch are T5's.
 
     lm train --config experiments/switch.py:base-8 --workdir runs/switch \\
         --config.parallel.mesh.expert=8 --config.data.source=jsonl:DIR/*.jsonl.gz \\

@@ -1,15 +1,16 @@
-"""Does pretraining help? A tiny BERT on WikiText-2, then SST-2, against the same from scratch.
+"""Does pretraining help? A tiny BERT pretrained on WikiText-2 and fine-tuned on SST-2.
 
-| variant  | what                                                                  |
+| variant  | task                                                                  |
 |----------|-----------------------------------------------------------------------|
-| pretrain | masked pieces of WikiText-2, lower-cased: 2 layers, d 128, 4 heads    |
+| pretrain | masked LM on lowercased WikiText-2: 2 layers, d 128, 4 heads          |
 | finetune | SST-2 from those weights: config.init.from and data.tokenizer name it |
-| scratch  | SST-2 from fresh weights, everything else the same                    |
+| scratch  | SST-2 from random weights, everything else the same                   |
 
-Three seeds each, mean and deviation of the best dev accuracy: see RESULTS.md. As BERT is, with
-post-norm, learnt positions and AdamW, a model this small predicts little more than how frequent a
-word is for thousands of steps. With pre-norm, rotary positions, Muon and 30 % masked (Wettig et al.
-2022) it leaves that plateau after 200 steps.
+The baseline is the same model trained on SST-2 from scratch. RESULTS.md has the mean and standard
+deviation of the best dev accuracy over three seeds each. With BERT's post-norm, learned positions
+and AdamW, a model this small predicts little more than word frequencies for thousands of steps.
+With pre-norm, rotary positions, Muon and 30 % masking (Wettig et al. 2022), it leaves that plateau
+after 200 steps.
 
     LM_DATA_DIR=DIR lm train --config experiments/tiny_bert.py:pretrain --workdir runs/tiny_bert
     LM_DATA_DIR=DIR lm train --config experiments/tiny_bert.py:finetune --workdir runs/finetuned \
@@ -29,7 +30,7 @@ def get_config(variant="pretrain"):
     model = config.model
     model.family = "encoder"
     model.n_layers, model.d_model, model.n_heads = 2, 128, 4
-    model.max_length, model.vocab_size = 128, 8_001  # the pieces and [MASK]
+    model.max_length, model.vocab_size = 128, 8_001  # pieces and [MASK]
     model.positions, model.embedding_norm = "rotary", True
     model.activation, model.pooling = "gelu_tanh", "mean"
     model.scale_residual_init = False

@@ -1,4 +1,4 @@
-"""The Transformer (Vaswani et al. 2017, Tables 2 and 3), English to German and to French.
+"""The Transformer (Vaswani et al. 2017, Tables 2 and 3), English to German and French.
 
 | variant | parameters  | paper's | tokens | FLOPs  | expected         |
 |---------|-------------|---------|--------|--------|------------------|
@@ -7,17 +7,16 @@
 | base-fr | 60,485,632  |         | 4.92B  | 6.5e17 | BLEU 38.1        |
 | big-fr  | 209,051,648 |         | 14.7B  | 7.8e18 | BLEU 41.0 / 41.8 |
 
-BLEU is newstest2014, tokenised, for German with compounds split: sacreBLEU gives about half a point
-less. (41.0 in the proceedings, 41.8 in the later abstract.) The paper's counts are of another
-vocabulary than the 37,000 pieces it names: base's is reproduced by about 41,000 rows, big's by
-35,900.
+BLEU is tokenized newstest2014, with compounds split for German; sacreBLEU gives about half a point
+less. (41.0 in the proceedings, 41.8 in the later abstract.) The paper's counts do not match its
+vocabulary of 37,000 pieces: about 41,000 rows reproduce base, and 35,900 big.
 
-Six layers in each stack, normalised after the sum, sinusoids, one matrix of 37,000 pieces (French:
-32,000) for both embeddings, times √d, and the output; label smoothing 0.1. Attention has no biases.
-Adam (0.9, 0.98, eps 1e-9), no decay, no clipping; lr = d^-0.5 min(t^-0.5, t 4000^-1.5); batches of
-about 25,000 tokens a side, the last 5 (big: 20) checkpoints averaged, beam 4, length penalty 0.6.
-Initialisation, of which the paper says nothing, is tensor2tensor's: Glorot's deviation for kernels,
-d^-0.5 for the embeddings.
+Six post-norm layers in each stack, sinusoidal positions, one matrix of 37,000 pieces (French:
+32,000) for the output and both embeddings, which are multiplied by √d; label smoothing 0.1.
+Attention has no biases. Adam (0.9, 0.98, eps 1e-9), no weight decay, no clipping; lr = d^-0.5
+min(t^-0.5, t 4000^-1.5); batches of about 25,000 tokens per side; the last 5 (big: 20) checkpoints
+averaged, beam size 4, length penalty 0.6. The paper does not describe the initialization; this is
+tensor2tensor's: Glorot for kernels, standard deviation d^-0.5 for the embeddings.
 
     lm train --config experiments/transformer2017.py:base --workdir runs/transformer \
         --config.parallel.preset=data --config.data.tokenizer=sentencepiece:FILE.model \
@@ -56,9 +55,9 @@ def get_config(variant="base"):
     data.test_source = f"parallel:wmt14/newstest2014.en|wmt14/newstest2014.{target}"
     data.tokenizer = f"sentencepiece:wmt14/en-{target}.model"
     data.sequence_length = data.target_length = 256
-    data.batch_size = 96  # packed rows: 24,576 tokens a side
+    data.batch_size = 96  # packed rows: 24,576 tokens per side
 
-    optimizer.learning_rate = (model.d_model * 4000) ** -0.5  # the formula's highest
+    optimizer.learning_rate = (model.d_model * 4000) ** -0.5  # maximum of the formula
     optimizer.adamw.b2, optimizer.adamw.eps = 0.98, 1e-9
     optimizer.weight_decay = optimizer.clip_norm = 0.0
     schedule.name, schedule.warmup_steps = "inverse_sqrt", 4000

@@ -1,15 +1,16 @@
-"""UL2 (Tay et al. 2022): T5 with a mixture of denoisers, told by a prefix.
+"""UL2 (Tay et al. 2022): T5 with a mixture of denoisers, each with its prefix.
 
 | variant | parameters     | paper's | tokens | FLOPs  | expected                         |
 |---------|----------------|---------|--------|--------|----------------------------------|
 | 20b     | 19,591,209,984 | 20B     | 1.74T  | 1.0e23 | SuperGLUE 90.7 after fine-tuning |
 
-The score (§4.3) and the recipe are from memory, not checked against a copy.
+The score (§4.3) and the recipe are from memory, not checked against the paper.
 
-The block of T5 1.1 with SwiGLU and 16 heads of 256 numbers. For each text one of seven denoisers is
-drawn (§3.1.2, Table 1): R removes 15 % in spans of 3 or 8, S the end of the text, a quarter in the
-mean, X half of it in spans of 3, 8 or 64, or 15 % in spans of 64. Their prefixes are the release's:
-[NLU], [S2S] and [NLG]. 1,024 sequences of up to 512 tokens, 2,000,000 updates of T5's Adafactor.
+T5 1.1's block with SwiGLU and 16 heads of 256. One of seven denoisers is drawn for each text
+(§3.1.2, Table 1). R removes 15 % in spans of 3 or 8 tokens; S removes the end of the text, a
+quarter on average; X removes half of the text in spans of 3, 8 or 64 tokens, or 15 % in spans of
+64. Their prefixes are the release's: [NLU], [S2S] and [NLG]. 1,024 sequences of up to 512
+tokens, 2,000,000 updates with T5's Adafactor.
 
     lm train --config experiments/ul2.py:20b --workdir runs/ul2 --config.parallel.preset=fsdp \
         --config.data.source=jsonl:DIR/*.jsonl.gz --config.data.tokenizer=sentencepiece:FILE.model

@@ -1,4 +1,4 @@
-"""Whisper (Radford et al. 2022): an encoder that hears 30 seconds, and a decoder that writes.
+"""Whisper (Radford et al. 2022): speech recognition with an encoder–decoder, 30 seconds at a time.
 
 | variant        | parameters    | paper's | tokens  | FLOPs  | expected |
 |----------------|---------------|---------|---------|--------|----------|
@@ -15,17 +15,17 @@
 | large-v3       | 1,541,570,560 | 1550M * | 1.31T * | 5.8e21 |          |
 | large-v3-turbo | 806,958,080   | 809M *  | 1.31T * | 4.1e21 |          |
 
-Word error rate on LibriSpeech test-clean, greedy (Table 8), and the recipe (Appendix F) from
-memory, not checked against a copy. * The release's: of these two no recipe is published, and the
-one here is that of large-v2. Parameters are those that train: transformers counts the encoder's
-fixed sinusoids too, 1,500 × d_model.
+Greedy word error rate on LibriSpeech test-clean (Table 8) and the recipe (Appendix F) are from
+memory, not checked against the paper. * From the release; no recipe is published for these two
+models, so they use that of large-v2. Only trained parameters are counted; transformers also counts
+the encoder's fixed sinusoids, 1,500 × d_model.
 
-Log-mel features of 80 bins (128 since v3), two convolutions, pre-norm, GELU, no bias of the keys,
-448 learned positions of the decoder, tied output. A target begins with the tokens of its language
-and task, here English transcripts without time stamps: the recipe's mixture of 98 languages, of
-translation, voice detection and preceding text (§2.3) is a matter of the data. 256 segments of 30 s
-(1,024 since v2), 1,048,576 updates (655,360), AdamW, linear decay to 0, no dropout; v2 adds
-SpecAugment, and stochastic depth and BPE dropout, which are not here.
+Log-mel features of 80 bins (128 since v3), two convolutions, pre-norm, GELU, no key biases, 448
+learned decoder positions, tied output. A target begins with its language and task tokens, here
+English transcription without time stamps. The paper's mixture of 98 languages, translation, voice
+activity detection and preceding text (§2.3) is up to the data. 256 segments of 30 s (1,024 since
+v2), 1,048,576 updates (655,360), AdamW, linear decay to 0, no dropout; v2 adds SpecAugment, and
+stochastic depth and BPE dropout, which lm does not have.
 
     lm train --config experiments/whisper.py:tiny.en --workdir runs/whisper \
         --config.data.source=audio:DIR --config.data.tokenizer=folder:WHISPER_DIR

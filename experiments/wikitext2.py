@@ -1,6 +1,6 @@
-"""WikiText-2 by words: a small LSTM and a small Transformer, at most two hours of two cores each.
+"""Word-level WikiText-2: a small LSTM and a small Transformer, up to two hours on two cores each.
 
-| variant     | model                                                   | test perplexity, aim |
+| variant     | model                                                   | target perplexity    |
 |-------------|---------------------------------------------------------|----------------------|
 | lstm        | 2 layers of 400, d 200, tied, dropout, state carried    | 150                  |
 | transformer | 4 layers, d 128, 4 heads, rotary, tied, dropout         | 160                  |
@@ -70,7 +70,7 @@ def get_config(variant="lstm"):
         data.tokenizer = "sentencepiece"
         config.train.steps, config.train.loss_chunk = 600, 0
         model.residual = variant
-        if variant == "concat":  # narrower feed-forward layers pay for the wider inputs
+        if variant == "concat":  # narrower feed-forward layers offset the wider inputs
             model.concat_width, model.d_ff = 32, 232
     n_evaluations = 1 if variant in ("sum", "concat") else 5
     config.eval.every_steps, config.eval.best = config.train.steps // n_evaluations, "-loss"

@@ -1,4 +1,4 @@
-"""LSTM language models of the Penn Treebank (Zaremba et al. 2014, Table 1 and §4.1).
+"""LSTM language models of Penn Treebank (Zaremba et al. 2014, Table 1 and §4.1).
 
 | variant | parameters | paper's | tokens | FLOPs  | expected              |
 |---------|------------|---------|--------|--------|-----------------------|
@@ -6,17 +6,18 @@
 | medium  | 19,780,400 |         | 36.2M  | 1.5e15 | test perplexity 82.7  |
 | large   | 66,034,000 |         | 51.1M  | 1.1e16 | test perplexity 78.4  |
 
-The paper prints no counts. Small is Table 1's non-regularised LSTM, with the sizes of the authors'
-code: 200 units, unrolled over 20 words, 13 epochs. Medium and large (§4.1): 650 and 1,500 units,
-35 words, dropout 0.5 and 0.65, everything from U(± 0.05) and U(± 0.04) (small: 0.1), 39 and 55
-epochs, the learning rate divided by 1.2 after each from the 7th on, by 1.15 from the 15th on.
+The paper gives no parameter counts. Small is Table 1's non-regularized LSTM, with the sizes of the
+authors' code: 200 units, unrolled over 20 words, 13 epochs. Medium and large (§4.1): 650 and 1,500
+units, 35 words, dropout 0.5 and 0.65, initialization U(± 0.05) and U(± 0.04) (small: 0.1), 39 and
+55 epochs; the learning rate is divided by 1.2 after each epoch from the 7th on, and by 1.15 from
+the 15th on.
 
-Two layers, dropout between them and none in time, an output matrix of its own, the state carried
-from one batch of 20 × 35 (small: 20 × 20) words to the next; SGD, gradients clipped at 5 (large:
-10). The layers have two bias vectors, as in the authors' code.
+Two layers with dropout between them but not over time, an untied output matrix, and the state
+carried from one batch of 20 × 35 (small: 20 × 20) words to the next; SGD, gradients clipped at 5
+(large: 10). As in the authors' code, each layer has two bias vectors.
 
-The authors add up the gradients of a row's words and step with 1; here they are averaged, so the
-learning rate is 35 and the clipping 5/35: the same updates.
+The authors sum the gradients over a row's words and use learning rate 1; here they are averaged, so
+a learning rate of 35 and clipping at 5/35 give the same updates.
 
     lm train --config experiments/zaremba.py:medium --workdir runs/zaremba \
         --config.data.source=text:DIR/ptb.train.txt \
@@ -25,12 +26,12 @@ learning rate is 35 and the clipping 5/35: the same updates.
 
 from lm.config import choose, default
 
-VARIANTS = {  # paper entry, units, unrolled words, dropout, init, epochs, at the peak, decay, clip
+VARIANTS = {  # paper entry, units, words, dropout, init, epochs, epochs at the peak, decay, clip
     "small": ("zaremba-small", 200, 20, 0.0, 0.1, 13, 4, 2.0, 5),
     "medium": ("zaremba-medium", 650, 35, 0.5, 0.05, 39, 6, 1.2, 5),
     "large": ("zaremba-large", 1500, 35, 0.65, 0.04, 55, 14, 1.15, 10),
 }
-TRAINING_WORDS = 929_589  # of the Penn Treebank, <eos> included
+TRAINING_WORDS = 929_589  # of Penn Treebank, including <eos>
 
 
 def get_config(variant="medium"):

@@ -107,7 +107,7 @@ KINDS: dict[str, dict[str, object]] = {
     "classification decoder": {},
     "classification encoder_decoder": {"model.pooling": "shifted"},
     "classification lstm": {"model.bidirectional": True},
-    "token_classification encoder": {"model.pooler_activation": "transform"},
+    "token_classification encoder": {"model.task_transform": True},
     "token_classification decoder": {},
     "span_qa encoder": {"model.token_types": 2, "data.doc_stride": 4},
     "span_qa decoder": {},

@@ -2,8 +2,8 @@
 
 The rules and their order are FineWeb's (Penedo et al. 2024, arXiv:2406.17557): language, Gopher's
 and C4's rules, its own, near duplicates by MinHash, personal data masked last. `lm corpus --rules`
-lists all rules and their options. Variants: "web", jsonl files in the data directory's folder web;
-"stdlib", the source code of the running Python, which no rule of prose fits.
+lists all rules and their options. Variants: "web", jsonl files in the folder `web` of the data
+directory; "stdlib", Python's standard library, without the rules for prose.
 """
 
 from ml_collections import ConfigDict
@@ -28,8 +28,8 @@ def get_config(variant="web"):
         "personal_data",
     )
     config.language = {"languages": ("en",)}
-    # FineWeb's bands; the default ones find more (experiments/RESULTS.md).
+    # FineWeb's MinHash bands; the defaults find more duplicates (experiments/RESULTS.md).
     config.near_duplicates = {"num_buckets": 14, "hashes_per_bucket": 8}
-    # FineWeb leaves C4's rule of terminal punctuation out: alone it removes 30 % of the text.
+    # FineWeb omits C4's terminal-punctuation rule, which alone removes 30 % of the text.
     config.c4_quality = {"filter_no_terminal_punct": False, "remove_citations": False}
     return config

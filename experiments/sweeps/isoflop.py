@@ -1,15 +1,15 @@
-"""IsoFLOP grid (Hoffmann et al. 2022, approach 2): at each budget, from small models trained long
-to large ones trained briefly; `lm scaling` finds the best size of each budget.
+"""IsoFLOP grid (Hoffmann et al. 2022, approach 2): for each compute budget, models of many sizes.
 
-Bytes of the standard library, so that a small model is not mostly its token table, two layers of
-AdamW. A run's steps follow from its budget by C = 6 N D, N being all parameters, as `lm scaling`
-counts them; each has a warm-up and a decay of its own, that end with it, and the rate falls with
-the width. The budgets are those of one CPU core: give others, as `isoflop.py:1e15,3e15,1e16`.
+`lm scaling` finds the best size of each budget. The models have two layers and read the standard
+library as bytes, so that embeddings are a small part of the parameters. The number of steps follows
+from the budget by C = 6 N D, where N counts all parameters, as in `lm scaling`. Warmup and decay
+scale with the number of steps, and the learning rate falls with the width. The default budgets suit
+one CPU core; give others as `isoflop.py:1e15,3e15,1e16`.
 
     lm sweep --config experiments/sweeps/isoflop.py --workdir runs/isoflop
     lm scaling --workdir runs/isoflop
 
-experiments/results/isoflop/ has what came of it.
+The results are in experiments/results/isoflop/.
 """
 
 from lm.errors import UserError
@@ -18,16 +18,16 @@ from lm.sweeps.sweep import Sweep
 BUDGETS = "3e10,1e11,3e11"  # training FLOPs
 WIDTHS = 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512
 LAYERS, HEADS, VOCABULARY, LENGTH, BATCH, DISPATCH = 2, 2, 257, 128, 8, 10
-TOKENS_PER_PARAMETER = 7, 500  # outside of these a size is far from the best
+TOKENS_PER_PARAMETER = 7, 500  # sizes outside this range are far from the best
 
 
 def parameters(d_model):
-    """Token table, norms, and 12 d² a layer, without biases."""
+    """Return the parameter count: embeddings, norms and 12 d² per layer, without biases."""
     return VOCABULARY * d_model + LAYERS * (12 * d_model**2 + 2 * d_model) + d_model
 
 
 def learning_rate(d_model):
-    """Near the best of short runs at widths 32 and 96, a factor of two apart."""
+    """Return a rate within a factor of two of the best in short runs at widths 32 and 96."""
     return round(min(1.6e-2, 5e-3 * (64 / d_model) ** 1.5), 5)
 
 
@@ -46,7 +46,7 @@ def get_sweep(budgets=BUDGETS):
                     "optimizer.learning_rate": learning_rate(d_model),
                 }
     if not runs:
-        raise UserError(f"no size has {fewest} to {most} tokens a parameter at {budgets} FLOPs")
+        raise UserError(f"no size has {fewest} to {most} tokens per parameter at {budgets} FLOPs")
     common = {
         "data.tokenizer": "byte",
         "data.sequence_length": LENGTH,

@@ -1,9 +1,9 @@
-"""Learning rate × width: where the best learning rate goes as a model gets wider.
+"""Learning rate × width: how the best learning rate depends on the width, with and without muP.
 
-Two layers on bytes of the standard library at four widths, each at seven learning rates of AdamW, a
-factor of two apart, for 200 short steps. In the standard parametrisation the best rate falls with
-the width; in muP (Yang et al. 2022) it stays where it is at the base width, 64, where the two are
-the same model.
+Two layers on bytes of the standard library, at four widths and seven learning rates of AdamW that
+are a factor of two apart, for 200 short steps. In the standard parametrization the best rate falls
+with the width. With muP (Yang et al. 2022) it stays at the best rate of the base width, 64, where
+both parametrizations are the same model.
 
     lm sweep --config experiments/sweeps/learning_rate_width.py --workdir runs/rate_width/standard
     lm sweep --config experiments/sweeps/learning_rate_width.py:mup --workdir runs/rate_width/mup

@@ -1,7 +1,7 @@
-"""Every optimizer on the same model and data, each at five learning rates around its usual one.
+"""Every optimizer on the same model and data, at five learning rates around its usual one.
 
-Successive halving over the validation loss: two thirds are dropped at step 100, the best run to
-the end.
+Successive halving on the validation loss: two thirds of the runs stop at step 100, and only the
+best run to the end.
 
     lm sweep --config experiments/sweeps/optimizers.py --workdir runs/optimizers
 """

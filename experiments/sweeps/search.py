@@ -1,7 +1,7 @@
-"""Adaptive search of four numbers of AdamW by Optuna (`pip install -e '.[sweep]'`).
+"""Adaptive search of four AdamW hyperparameters with Optuna (`pip install -e '.[sweep]'`).
 
-The stdlib experiment's tiny model; the first ten trials are random, later ones go where a tree of
-Parzen estimators expects a lower validation loss. `study.db` is Optuna's.
+The model is the tiny variant of stdlib. The first ten trials are random; a tree-structured Parzen
+estimator (TPE) proposes the later ones. Optuna keeps its state in `study.db`.
 
     lm sweep --config experiments/sweeps/search.py --workdir runs/search --parallel 2
     lm sweep --config experiments/sweeps/search.py:60 --workdir runs/search --parallel 2

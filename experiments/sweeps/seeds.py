@@ -1,4 +1,4 @@
-"""The same experiment from several seeds: how much of a difference is chance.
+"""The same experiment with several seeds, to see how much results vary by chance.
 
 lm sweep --config experiments/sweeps/seeds.py --workdir runs/seeds
 lm sweep --config experiments/sweeps/seeds.py:10 --workdir runs/seeds

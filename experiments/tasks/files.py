@@ -1,4 +1,4 @@
-"""Data of the tasks in this folder: local files below LM_DATA_DIR, and metrics of their own.
+"""Data and metrics of the tasks in this folder, from local files under LM_DATA_DIR.
 
 Nothing is downloaded. Each function returns the splits of a task as lm-eval's `custom_dataset`.
 """
@@ -17,7 +17,9 @@ from lm.evaluation.scores import squad
 def _file(name):
     path = Path(os.environ.get("LM_DATA_DIR") or ".") / name
     if not path.exists():
-        raise FileNotFoundError(f"no file {path}: set LM_DATA_DIR to the folder that holds {name}")
+        raise FileNotFoundError(
+            f"no file {path}: set LM_DATA_DIR to the folder that contains {name}"
+        )
     return path
 
 
@@ -26,7 +28,7 @@ def _test(rows):
 
 
 def json_lines(path, **_):
-    """Rows of a file of JSON lines, or of all files that a glob names, in order."""
+    """Return the rows of a JSON lines file, or of all files that match a glob, in order."""
     folder = Path(os.environ.get("LM_DATA_DIR") or ".")
     files = sorted(folder.glob(path)) or [_file(path)]
     lines = (line for file in files for line in file.open(encoding="utf-8") if line.strip())
@@ -34,7 +36,7 @@ def json_lines(path, **_):
 
 
 def wikitext(path, **_):
-    """Articles of WikiText's files of tokens, a heading "= Title =" at the start of each."""
+    """Return the articles of a WikiText file; each begins with a heading "= Title ="."""
     articles = [[]]
     with gzip.open(_file(path), "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -46,7 +48,7 @@ def wikitext(path, **_):
 
 
 def word_perplexity(doc, results):
-    """Log-likelihood of a page by words, each line's end is one too, and by bytes."""
+    """Return the log-likelihood per word, counting line ends as words, and per byte."""
     (nats,) = results
     n_words = len(doc["page"].split()) + doc["page"].count("\n")
     n_bytes = len(doc["page"].encode())
@@ -54,14 +56,14 @@ def word_perplexity(doc, results):
 
 
 def sst2(path, **_):
-    """Rows of GLUE's sentences and labels."""
+    """Return the sentences and labels of a GLUE file."""
     lines = _file(path).read_text(encoding="utf-8").split("\n")[1:]
     rows = (line.rsplit("\t", 1) for line in lines if line.strip())
     return _test({"sentence": text.strip(), "label": int(label)} for text, label in rows)
 
 
 def xquad(path, **_):
-    """Questions of a file in SQuAD's format."""
+    """Return the questions of a file in SQuAD's format."""
     articles = json.loads(_file(path).read_text(encoding="utf-8"))["data"]
     return _test(
         {

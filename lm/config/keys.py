@@ -166,26 +166,32 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.first_norm": Key(
         True,
-        "The first attention's input is normalised; otherwise the norm of the embeddings is "
-        "(ModernBERT).",
+        "Normalize the input of the first attention layer; ModernBERT normalizes the embeddings "
+        "instead.",
     ),
     "model.transform_bias": Key(
         True,
-        "The layer before an encoder's output has a bias.",
+        "The dense layer before an encoder's output matrix has a bias.",
         needs=("model.family", "encoder"),
     ),
     "model.transform_activation": Key(
         "family",
-        "Activation of the layer before an encoder's output; family: that of model.activation "
-        "(RoBERTa, ELECTRA: gelu_erf).",
+        "Activation of the dense layer before an encoder's output matrix; family: the one of "
+        "model.activation (RoBERTa, ELECTRA: gelu_erf).",
         choices=("family", "relu", "gelu_tanh", "gelu_erf", "silu"),
+        needs=("model.family", "encoder"),
+    ),
+    "model.task_transform": Key(
+        False,
+        "Task heads follow the dense layer and norm of an encoder's output (ModernBERT); "
+        "classifiers then have no pooler.",
         needs=("model.family", "encoder"),
     ),
     "model.pooler_activation": Key(
         "tanh",
-        "Activation of BERT's layer over the first token (ELECTRA, DeBERTa: GELU); transform: "
-        "instead, classifiers follow the layer and norm before an encoder's output (ModernBERT).",
-        choices=("tanh", "gelu_erf", "transform"),
+        "Activation of the pooler, BERT's dense layer over the first token (ELECTRA, DeBERTa: "
+        "gelu_erf).",
+        choices=("tanh", "gelu_erf"),
         needs=("model.family", "encoder"),
     ),
     "model.generator_width": Key(

@@ -404,9 +404,11 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
     else:
         unused |= {f.name for f in fields(ExpertsConfig)} - {"n_experts"}
     if model != "encoder":
-        unused |= {"transform_bias", "transform_activation", "pooler_activation"}
-    if not has_task:
+        unused |= {"transform_bias", "transform_activation", "task_transform", "pooler_activation"}
+    if c.task_transform:
         unused.add("pooler_activation")
+    if not has_task:
+        unused |= {"pooler_activation", "task_transform"}
         values["pooling"] = "mean" if c.pooling == "mean" else "family"
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")

@@ -179,7 +179,7 @@ MODERNBERT = Family(
         "embedding_norm": True,
         "first_norm": False,
         "positions": "rotary",
-        "pooler_activation": "transform",
+        "task_transform": True,
     },
     read=_read,
     write=_write,

@@ -24,6 +24,7 @@ class EmbeddingConfig:
     copy: bool = False
     n_classes: int = 0
     pooling: str = "family"
+    task_transform: bool = False
     pooler_activation: str = "tanh"
     generator_width: int = 0
     generator_layers: int = 0

@@ -78,21 +78,19 @@ class Encoder(Model):
     # --- tasks
 
     def summary(self, x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-        """Return the first token's vector [B, D], pooled by a dense layer and an activation."""
-        if self._tasks_transform:
+        """Return the first token's vector [B, D]; BERT's pooler applies a layer and activation."""
+        if self.config.task_transform:
             return x_BLD[:, 0]
         return POOLERS[self.config.pooler_activation](self.pooler(x_BLD[:, 0]))
 
     def classify(self, x_BD: jax.Array) -> jax.Array:
-        return super().classify(self._transformed(x_BD) if self._tasks_transform else x_BD)
+        return super().classify(self._task_input(x_BD))
 
     def spans(self, x_BLD: jax.Array) -> jax.Array:
-        return super().spans(self._transformed(x_BLD) if self._tasks_transform else x_BLD)
+        return super().spans(self._task_input(x_BLD))
 
-    @property
-    def _tasks_transform(self) -> bool:
-        """True if vectors pass the layer before the masked output first (ModernBERT)."""
-        return self.config.pooler_activation == "transform"
+    def _task_input(self, x: jax.Array) -> jax.Array:
+        return self._transformed(x) if self.config.task_transform else x
 
     # --- replaced tokens (ELECTRA)
 
