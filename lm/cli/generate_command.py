@@ -203,13 +203,14 @@ def _print_continuations(
     """
     shown = prompts if repeats else [""] * len(prompts)
     streams = len(prompts) == 1 and not as_json
-    texts = [""] * len(prompts)
-    for number, parts in enumerate(steps):
+    texts, unprinted = [""] * len(prompts), shown[0]
+    for parts in steps:
         texts = [text + part for text, part in zip(texts, parts, strict=True)]
         if streams:
-            print(parts[0] if number else shown[0] + parts[0], end="", flush=True)
+            print(unprinted + parts[0], end="", flush=True)
+            unprinted = ""
     if streams:
-        print()
+        print(unprinted)
     elif as_json:
         print(json.dumps([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]))
     else:

@@ -154,7 +154,8 @@ def sample_steps(
 ) -> Iterator[np.ndarray]:
     """Yield the token ids of each step, int32 [B]; -1 for rows that have ended.
 
-    A row ends at an end token (not yielded), after `max_new_tokens`, or when its context is full.
+    A row ends at an end token (not yielded), after `max_new_tokens`, when its context is full, or
+    when the controls allow no token.
     Prompts are left-padded, so that all rows write the same cache slot. A row's tokens depend on
     its prompt, number and the seed, not on other rows.
 
@@ -205,7 +206,8 @@ def sample_steps(
                 model, sampling, controls, per_dispatch, params, rows, state, n
             )
         for ids_B in np.asarray(jax.device_get(read_BC)).T[:n_read]:
-            alive_B &= ~np.isin(ids_B, controls.end_ids) & (i < limits_B)
+            is_written_B = (ids_B != UNSET) & ~np.isin(ids_B, controls.end_ids)
+            alive_B &= is_written_B & (i < limits_B)
             if not alive_B.any():
                 return
             yield np.where(alive_B, ids_B, UNSET)
@@ -297,7 +299,7 @@ def next_token(
     """
     tokens_B1 = jax.lax.dynamic_slice_in_dim(state.written_BT, state.n - 1, 1, axis=1)
     position_B1 = (rows.lengths_B + jnp.minimum(state.n, rows.limits_B) - 1)[:, None]
-    inputs = tokens_B1, position_B1, jnp.ones_like(tokens_B1), state.cache
+    inputs = jnp.maximum(tokens_B1, 0), position_B1, jnp.ones_like(tokens_B1), state.cache
     logits_B1V, cache = decode_last(model, params, *inputs)
     return _append(sampling, controls, rows, replace(state, cache=cache), logits_B1V)
 
@@ -355,6 +357,8 @@ def _append(
     logits_BV = controls.masked(logits_BV, written_BT, n)
     fold_in = partial(jax.random.fold_in, jax.random.fold_in(rows.key, n))
     tokens_B = sample_tokens(logits_BV, sampling, jax.vmap(fold_in)(rows.numbers_B))
+    tokens_B = jnp.where((logits_BV != -jnp.inf).any(-1), tokens_B, UNSET)
     written_BT = jax.lax.dynamic_update_slice(written_BT, tokens_B[:, None], (0, n))
-    alive_B = state.alive_B & ~controls.ends(tokens_B) & (n + 1 < rows.limits_B)
+    is_last_B = controls.ends(tokens_B) | (tokens_B == UNSET) | (n + 1 >= rows.limits_B)
+    alive_B = state.alive_B & ~is_last_B
     return State(written_BT, n + 1, alive_B, state.cache)

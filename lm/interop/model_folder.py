@@ -230,7 +230,8 @@ def open_model_folder(path: Path) -> ModelFolder:
     for name in heads:
         for mapping in family.heads[name].mappings:
             if mapping.paths == ("classifier/kernel",) and mapping.name in stored:
-                config = replace(config, n_classes=stored[mapping.name].shape[0])
+                n_classes = next(iter(stored[mapping.name].shape), 0)
+                config = replace(config, n_classes=n_classes)
     if any(family.heads[name].replaces_output for name in heads):
         config = replace(config, tie_embeddings=True)  # there is no output projection to tie to
     tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
@@ -341,7 +342,7 @@ def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bo
     if copy not in stored or original not in stored:
         return True
     a, b = stored[copy], stored[original]
-    if a.shape != b.shape:
+    if a.shape != b.shape or not a.shape:
         return False
     step = max(1, BLOCK_BYTES // (4 * max(1, int(np.prod(a.shape[1:])))))
     return all(

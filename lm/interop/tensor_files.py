@@ -48,7 +48,8 @@ class StoredTensor:
             )
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Read the rows start … stop - 1 in float32."""
+        """Read the rows start … stop - 1 in float32; UserError unless they are finite floats."""
+        self.check_weights()
         values = self.stored_rows(start, stop).astype(np.float32, copy=False)
         return self.require_finite(values)
 

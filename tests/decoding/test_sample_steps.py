@@ -3,7 +3,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.decoding.controls import Controls
+from lm.decoding.controls import START, Controls
 from lm.decoding.sampling import Sampling, sample_steps
 from lm.errors import UserError
 from lm.models.decoder import Decoder
@@ -55,6 +55,19 @@ def rows_of(steps):
     for row in table:  # a row that has ended stays ended
         assert (np.diff((row < 0).astype(int)) >= 0).all()
     return [[int(token) for token in row if token >= 0] for row in table]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 9.0])
+def test_a_row_that_nothing_may_follow_ends(model, params, temperature):
+    """Rows begin with 5, which nothing may follow, or 9, after which they go on."""
+    first = tuple((START, i) for i in range(VOCAB) if i not in (5, 9))
+    controls = Controls(banned=(*first, *((5, i) for i in range(VOCAB))))
+    prompts, sampling = PROMPTS * 3, Sampling(temperature)
+    rows = rows_of(sample_steps(model, params, prompts, 6, sampling, 0, controls))
+    assert {row[0] for row in rows} == {5, 9}
+    assert all(row[-1] == 5 if 5 in row else len(row) == 6 for row in rows)
+    nothing = Controls(banned=tuple((i,) for i in range(VOCAB)))
+    assert list(sample_steps(model, params, prompts, 6, sampling, 0, nothing)) == []
 
 
 def test_greedy_equals_decoding_without_a_cache(model, params, greedy_continuation):

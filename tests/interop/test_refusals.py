@@ -6,7 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from hf_models import KINDS, config_of, safetensors
+from hf_models import KINDS, config_of, safetensors, torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +20,8 @@ from lm.models.classic.recurrent import Lstm
 from lm.models.decoder import Decoder
 from lm.models.encoder import Encoder
 from lm.models.transformer_config import TransformerConfig
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture
@@ -189,6 +191,25 @@ def test_a_spoilt_folder_is_refused(folder, what):
     spoil, expected = SPOILT[what]
     spoil(folder)
     with pytest.raises(UserError, match=expected) as caught:
+        huggingface.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("to", [torch.float8_e4m3fn, torch.int64, "number"], ids=str)
+@pytest.mark.parametrize("kind", ["umt5", "bert", "llama-grouped-tied"])
+def test_matrices_that_are_compared_or_counted_before_all_are_checked(
+    make_theirs, tmp_path, kind, to
+):
+    """Table, output matrix and a classifier's are of another type, or no matrices at all."""
+    folder = shutil.copytree(make_theirs(kind)[1], tmp_path / "spoilt")
+    family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
+    further = {"classifier.weight": tensors[family.table]} if kind == "bert" else {}
+    tensors |= further | {family.output: tensors[family.table].clone()}
+    for name in (family.table, family.output, *further):
+        tensors[name] = torch.tensor(1.0) if to == "number" else tensors[name].to(to)
+    safetensors_torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"are floats|has the shape|lacks") as caught:
         huggingface.load(folder)
     assert "\n" not in str(caught.value)
 

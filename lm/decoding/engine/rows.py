@@ -54,6 +54,8 @@ class ServedRow:
         for *before, last in r.banned:
             if written[len(written) - len(before) :] == before and last < vocab_size:
                 allowed[last] = False
+        if len(self.new) < r.min_new_tokens:
+            allowed[list(r.end_ids)] = False
         if not allowed.any():
             self.is_stuck = True
             allowed[list(r.end_ids) or [0]] = True

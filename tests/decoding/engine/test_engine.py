@@ -345,10 +345,13 @@ def test_drawn_tokens_have_the_models_distribution(make_experiment):
 
 
 class Stuck:
-    """Limits that allow the token 7 twice, then nothing."""
+    """Limits that allow the token 7 twice, then nothing but `ends`."""
+
+    def __init__(self, *ends):
+        self.ends = ends
 
     def allowed(self, n_ids, written_BT, n):
-        return np.array([[int(n) < 2 and token == 7 for token in range(n_ids)]])
+        return np.isin(np.arange(n_ids), self.ends if int(n) >= 2 else 7)[None]
 
 
 def test_a_reply_that_its_limits_stop_short_is_not_complete(make_engine):
@@ -357,6 +360,8 @@ def test_a_reply_that_its_limits_stop_short_is_not_complete(make_engine):
     requests = [
         GenerationRequest(PROMPTS[0], 9, limits=Stuck(), end_ids=ends) for ends in ((2,), ())
     ]
+    waits = {"min_new_tokens": 4, "end_ids": (2,)}  # for an end that is not allowed yet
+    requests.append(GenerationRequest(PROMPTS[0], 9, limits=Stuck(2), **waits))
     *stuck, other = run(engine, [*requests, GenerationRequest(PROMPTS[1], 9, seed=1)])
     for tokens, finish in stuck:
         assert ([token.id for token in tokens], finish) == ([7, 7], "length")
