@@ -46,7 +46,7 @@ EXPERTS = (
     "model.dense_layers model.expert_groups model.expert_groups_per_token "
     "model.expert_weights_scale"
 )
-VARIANTS = {  # values of COLUMNS, training tokens, tokens per step
+VARIANTS = {  # values of SIZES and EXPERTS, training tokens, tokens per step
     "tiny": (("", 4, 128, 4, 48, 352, 0, 3e-3), (8, 2, 88, 88, 1, 4, 2, 1.0), 0, 0),
     "v2-lite": (
         ("deepseek-v2-lite", 27, 2048, 16, 0, 10944, 102_400, 4.2e-4),
