@@ -118,7 +118,9 @@ def _written(
     )
     model, tokenizer = experiment.model, experiment.tokenizer
     if not generates_text(experiment) or is_encoder_decoder(model):
-        raise UserError(f"a model of family {experiment.config.model.family} writes no code")
+        raise UserError(
+            f"--code: a model of family {experiment.config.model.family} does not generate code"
+        )
     template = chat_template(experiment) if args.apply_chat_template else None
     n_samples = args.n_samples or 1
     several = 0.0 if n_samples == 1 else 0.8

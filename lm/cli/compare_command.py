@@ -83,7 +83,9 @@ def _write_page(args: argparse.Namespace, overrides: Overrides) -> None:
         raise UserError(f"{args.prompts} has no prompts")
     require_writable(folder)
     if (folder / "key.json").exists():
-        raise UserError(f"{folder} has a page that answers may refer to: give another --output")
+        raise UserError(
+            f"{folder} already has a page, and answers may refer to it: use another --output"
+        )
     if args.max_new_tokens is not None:
         overrides = overrides | {"decode.max_length": str(args.max_new_tokens)}
     runs, texts = [], []

@@ -287,7 +287,7 @@ def _evaluate_code(args: argparse.Namespace, overrides: Overrides) -> int:
         if getattr(args, option) not in (None, False):
             raise UserError(f"--code has data of its own: without --{option}")
     if args.samples and args.workdir:
-        raise UserError("--samples are given, and --workdir would write others: give one of them")
+        raise UserError("--samples and --workdir both provide completions: give one of them")
     if args.step and args.best:
         raise UserError("--step and --best choose different checkpoints: give one of them")
     return evaluate_code(args, overrides)

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.evaluation.score_file import score_file
 
     if bool(args.input) == bool(args.top_logits):
-        raise UserError("give --input, or --top_logits, of which --output is the folder")
+        raise UserError("give --input FILE.jsonl, or --top_logits K with the folder --output")
     if args.top_logits and not args.output:
         raise UserError("--top_logits needs the folder --output")
     experiment, params, step = open_run(args, overrides)

@@ -37,27 +37,27 @@ COMMON_KEYS: dict[str, Key] = {
     "model.max_length": Key(0, "Maximum context length; 0: data.sequence_length.", low=0),
     "model.n_mels": Key(
         0,
-        "The source is audio: log-mel features of so many bins, two frames a position of the "
-        "encoder (Whisper: 80 or 128); 0: tokens.",
+        "Mel bins of an audio source, with two frames per encoder position (Whisper: 80 or 128); "
+        "0: the source is text.",
         low=0,
         needs=("model.family", "encoder_decoder"),
     ),
     "model.max_source_length": Key(
         0,
-        "Maximum length of audio, in positions of the encoder; 0: data.sequence_length.",
+        "Maximum length of audio, in encoder positions; 0: data.sequence_length.",
         low=0,
         needs=("model.n_mels",),
     ),
     "model.residual": Key(
         "sum",
         "How a block's output h joins the residual stream H: H + h (sum), or concat(H, h W), which "
-        "widens the stream by concat_width at each block; hyper: hyper-connections of sublayers to "
+        "widens the stream by concat_width at each block; hyper: hyper-connections with "
         "hyper_streams streams (Zhu et al. 2024).",
         choices=("sum", "concat", "hyper"),
     ),
     "model.hyper_streams": Key(
         4,
-        "Streams of model.residual=hyper, the expansion rate n.",
+        "Residual streams of model.residual=hyper, the expansion rate n.",
         low=1,
         needs=("model.residual", "hyper"),
     ),
@@ -82,11 +82,10 @@ COMMON_KEYS: dict[str, Key] = {
     "model.mixer": Key("attention", "Token mixer of a Transformer block."),
     "model.attention_layers": Key(
         (),
-        "Numbers of the layers, from 0, whose token mixer is attention, where model.mixer is "
-        "another one (Bamba 9,18,27).",
+        "Layers, counted from 0, with attention instead of model.mixer (Bamba: 9,18,27).",
     ),
     "model.feed_forward": Key(
-        True, "Blocks have a feed-forward layer after the token mixer; Mamba's have none."
+        True, "Blocks have a feed-forward layer after the token mixer (Mamba: false)."
     ),
     "model.norm": Key("layernorm", "Normalization layer.", choices=("layernorm", "rmsnorm")),
     "model.norm_eps": Key(1e-5, "Epsilon of the normalization.", low=1e-20, high=1.0),
@@ -101,14 +100,14 @@ COMMON_KEYS: dict[str, Key] = {
     "model.embedding_norm": Key(False, "Normalize the sum of the embeddings (BERT)."),
     "model.embedding_size": Key(
         0,
-        "Width of the embeddings, which a linear map widens to d_model; another goes before tied "
-        "logits (ALBERT, ELECTRA); 0: d_model.",
+        "Width of the embeddings, projected to d_model and, before tied logits, back (ALBERT, "
+        "ELECTRA); 0: d_model.",
         low=0,
     ),
     "model.separate_embeddings": Key(
         False,
-        "Source and target have positions and an embedding norm each of their own, where there are "
-        "any; tokens they share (BART).",
+        "Source and target have separate position embeddings and embedding norms, but share token "
+        "embeddings (BART).",
         needs=("model.family", "encoder_decoder"),
     ),
     "model.bias": Key(True, "Linear layers have biases."),
@@ -139,8 +138,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.window": Key(
         0,
-        "Sliding window of local layers, in tokens: of a decoder own token included, of an encoder "
-        "half on either side; 0: no limit.",
+        "Sliding window of local layers, in tokens: in decoders including the token itself, in "
+        "encoders half on either side; 0: no limit.",
         low=0,
     ),
     "model.window_chunks": Key(
@@ -156,12 +155,12 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.global_first": Key(
         False,
-        "The global ones are layers 1, n + 1, 2n + 1, … (ModernBERT).",
+        "Global layers are 1, n + 1, 2n + 1, … instead of n, 2n, … (ModernBERT).",
         needs=("model.global_every",),
     ),
     "model.global_layers": Key(
         (),
-        "Numbers of the global layers, from 0, where they are not every n-th.",
+        "Global layers, counted from 0, if they are not every n-th.",
         needs=("model.window",),
     ),
     "model.first_norm": Key(
@@ -196,8 +195,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.generator_width": Key(
         0,
-        "d_model of the generator that replaces tokens (ELECTRA); heads and d_ff are fewer and "
-        "narrower by as much; 0: as wide as the model.",
+        "d_model of the generator that replaces tokens (ELECTRA); its heads and d_ff scale with "
+        "it; 0: d_model.",
         low=0,
         needs=("objective.name", "replaced_tokens"),
     ),
@@ -247,7 +246,7 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.nope_layers": Key(
         (),
-        "Numbers of the layers without rotary positions, from 0, where they are not every n-th.",
+        "Layers without rotary positions, counted from 0, if they are not every n-th.",
         needs=("model.positions", "rotary"),
     ),
     "model.nope_temperature": Key(
@@ -358,7 +357,7 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "model.expert_layers": Key(
         (),
-        "Numbers of the MoE layers, from 0, where they are not every n-th.",
+        "MoE layers, counted from 0, if they are not every n-th.",
         needs=("model.n_experts",),
     ),
     "model.expert_d_ff": Key(
@@ -494,8 +493,8 @@ COMMON_KEYS: dict[str, Key] = {
     "model.pooling": Key(
         "family",
         "Sequence representation of a Transformer classifier: the family's (BERT's pooler on the "
-        "first token, elsewhere the last token), or the mean over tokens; shifted: a decoder that "
-        "reads the text after its last token, and BERT's pooler on the last one (BART).",
+        "first token, elsewhere the last token), or the mean over tokens; shifted: BERT's pooler "
+        "on the last output of a decoder that reads the text shifted right (BART).",
         choices=("family", "mean", "shifted"),
         needs=("objective.name", "classification", "reward", "span_qa"),
     ),
@@ -571,7 +570,8 @@ COMMON_KEYS: dict[str, Key] = {
         "Corpora, comma-separated: stdlib, text:FILE, jsonl:FILE, parquet:FILE, arrow:FOLDER, "
         "datasets:NAME, tfds:NAME, warc:FILE, nanogpt:FILE, megatron:PREFIX. For seq2seq, "
         "classification, span_qa and token_classification one of tsv:FILE, csv:FILE, jsonl:FILE, "
-        "parquet:FILE, arrow:FOLDER, datasets:NAME, parallel:FILE|FILE, squad:FILE, conll:FILE.",
+        "parquet:FILE, arrow:FOLDER, datasets:NAME, parallel:FILE|FILE, squad:FILE, conll:FILE. "
+        "For transcription audio:PATH.",
     ),
     "data.weights": Key((), "Mixture weights of the corpora; (): by token count."),
     "data.schedule": Key(
@@ -665,8 +665,8 @@ COMMON_KEYS: dict[str, Key] = {
     "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
     "data.target_prefix": Key(
         "",
-        "Tokens by name, separated by commas, that each target begins with after the start token; "
-        "they are not learned (Whisper: <|en|>,<|transcribe|>,<|notimestamps|>).",
+        "Tokens that each target begins with after the start token, comma-separated; there is no "
+        "loss on them (Whisper: <|en|>,<|transcribe|>,<|notimestamps|>).",
         needs=("objective.name", "seq2seq", "transcription"),
     ),
     "data.doc_stride": Key(

@@ -100,7 +100,7 @@ def _knot_texts(parts: Mapping[str, Any], schedule: Any) -> Iterable[str]:
     for knot in schedule:
         _require_known(knot, ("step", *parts), "part of the schedule:")
         if "step" not in knot:
-            raise UserError(f"a knot of the schedule has no step: {knot}")
+            raise UserError(f"an entry of the schedule has no step: {knot}")
         yield f"{knot['step']}: {' '.join(str(knot.get(name, 0)) for name in parts)}"
 
 

@@ -23,7 +23,7 @@ class AudioOptions:
 
     n_mels: int = option(
         80,
-        "Audio: mel bins of the features, those of model.n_mels.",
+        "Audio: mel bins of the log-mel features; same as model.n_mels.",
         low=1,
         high=512,
         needs=("objective.name", "transcription"),
@@ -146,8 +146,8 @@ class MambaOptions:
     ssm_heads: int = option(
         8, "Mamba-2: heads; with ssm_head_dim they are usually 2 d_model wide.", low=1
     )
-    ssm_head_dim: int = option(64, "Mamba-2: width of a head's inputs.", low=1)
-    ssm_state: int = option(128, "Mamba-2: numbers of state for each input of a head.", low=1)
+    ssm_head_dim: int = option(64, "Mamba-2: channels per head.", low=1)
+    ssm_state: int = option(128, "Mamba-2: state size per channel.", low=1)
     ssm_groups: int = option(
         1, "Mamba-2: groups of heads that share what states are written and read by.", low=1
     )
@@ -236,18 +236,18 @@ class TranscriptionOptions:
 
     masks: int = option(
         0,
-        "Transcription: masks of time and of frequency in training (SpecAugment); 0: none.",
+        "Transcription: time masks, and frequency masks, per recording (SpecAugment); 0: none.",
         low=0,
     )
     mask_frames: int = option(
         100,
-        "Transcription: longest mask of time, in frames of 10 ms.",
+        "Transcription: maximum length of a time mask, in frames of 10 ms.",
         low=0,
         needs=("objective.masks",),
     )
     mask_bins: int = option(
         27,
-        "Transcription: widest mask of frequency, in mel bins.",
+        "Transcription: maximum width of a frequency mask, in mel bins.",
         low=0,
         needs=("objective.masks",),
     )
@@ -688,7 +688,7 @@ class CanaryOptions:
 
     candidates: int = option(
         1000,
-        "Canaries: candidates that each is ranked among; all of them if there are fewer.",
+        "Canaries: candidates that each canary is ranked among, at most.",
         low=1,
         high=10_000_000,
         free=True,
@@ -723,9 +723,11 @@ class SampleOptions:
 class QualityOptions:
     """Options of quality."""
 
-    judge: str = option("", "Quality: workdir of a run that tells how likely they are.", free=True)
-    temperature: float = option(1.0, "Quality: of its samples; 0: greedy.", low=0.0, free=True)
-    top_p: float = option(1.0, "Quality: of its samples.", low=1e-6, high=1.0, free=True)
+    judge: str = option("", "Quality: run that measures the perplexity of the samples.", free=True)
+    temperature: float = option(
+        1.0, "Quality: sampling temperature; 0: greedy.", low=0.0, free=True
+    )
+    top_p: float = option(1.0, "Quality: nucleus sampling.", low=1e-6, high=1.0, free=True)
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,8 @@ class RemoteFile(io.RawIOBase):
         except ValueError as error:
             if place > self._position:
                 raise UserError(
-                    f"{self._url}: the server has no range requests, which files of this kind "
-                    "need: copy it first"
+                    f"{self._url}: the server does not support range requests, which this "
+                    "format needs: download the file first"
                 ) from error
             while place < self._position:
                 skipped = self._file.read(min(_BLOCK, self._position - place))

@@ -190,7 +190,7 @@ def check_vocabulary(tokenizer: Tokenizer, n_rows: int) -> None:
     if tokenizer.n_text_ids > n_rows:
         raise UserError(
             f"--config.model.vocab_size={n_rows} is smaller than the tokenizer's "
-            f"{tokenizer.n_text_ids}: this model and this tokenizer do not belong together"
+            f"{tokenizer.n_text_ids}: this tokenizer does not belong to this model"
         )
 
 

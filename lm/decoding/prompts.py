@@ -69,12 +69,12 @@ def require_text_input(model: nn.Module, who: str) -> None:
 
     Args:
         model: the model.
-        who: what reads texts, the start of the message.
+        who: the command, which starts the message.
     """
     if input_role(model) == "audio":
         raise UserError(
-            f"{who} reads texts, and this model hears (--config.model.n_mels): lm generate and lm "
-            "eval --task transcribe recordings"
+            f"{who} needs text, but this model takes recordings (--config.model.n_mels): "
+            "transcribe them with lm generate or lm eval --task"
         )
 
 
@@ -90,8 +90,8 @@ def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
     wrong = next((int(i) for ids in inputs for i in ids if not 0 <= i < rows), None)
     if wrong is not None:
         raise UserError(
-            f"the token id {wrong} is beyond the model's table of {rows}: this model and this "
-            "tokenizer do not belong together"
+            f"the token id {wrong} is beyond the model's {rows} embeddings: this tokenizer "
+            "does not belong to this model"
         )
 
 
@@ -135,7 +135,7 @@ def pad_sources(rows: Sequence[TokenIds], model: nn.Module) -> tuple[np.ndarray,
     """Pad sources on the right; return them and their segment ids [B, S].
 
     Args:
-        rows: token ids of each source; of a model that hears, log-mel features [F, M].
+        rows: token ids of each source, or log-mel features [F, M] of a speech model.
         model: encoder–decoder.
     """
     longest = max(map(len, rows))

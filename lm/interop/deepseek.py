@@ -92,7 +92,9 @@ def _read_attention(hf: Values, interleaved: bool) -> Values:
     heads = hf.get("num_attention_heads")
     require_equal(hf, num_key_value_heads=heads)
     if min(head_dim, *sizes.values()) < 1:
-        raise UnsupportedConfig(f"config.json: a head or its latent has no width: {sizes}")
+        raise UnsupportedConfig(
+            f"config.json: dimensions of heads and latents must be above 0: {sizes}"
+        )
     biases = "all" if hf.get("attention_bias") else "none"
     return {
         "mixer_options": options,

@@ -240,7 +240,7 @@ def _family_of(
         and bool(own.n_mels) == (family.objective == "transcription")
     ]
     if not families:
-        raise UserError(f"no Hugging Face architecture is like {type(model).__name__}")
+        raise UserError(f"no Hugging Face architecture corresponds to {type(model).__name__}")
     biased = replace(own, bias=True, norm_bias=True, attention_bias="same")
     left_out = {module for family in families for module in family.left_out}
     candidates = []

@@ -134,7 +134,7 @@ def run_config(found: ModelFolder) -> ConfigDict:
         is_alone = found.family.model == "encoder" and found.heads == {"classes"}
         of_tokens = is_alone or "tags" in found.heads
         if of_tokens and found.config.n_classes == 1:
-            raise UserError("a classifier of tokens with a single class has nothing to tell apart")
+            raise UserError("a token classifier needs at least two classes")
         config.objective.name = "token_classification" if of_tokens else "classification"
         if not of_tokens:
             _check_problem_type(found)

@@ -81,7 +81,7 @@ def _read_mixer(hf: Values, names: dict[str, str], bias: str) -> Values:
     """Read the mixer; `names` maps sizes in config.json to their fields, `bias` is a key."""
     sizes = {field: read_size(hf, name) for name, field in names.items()}
     if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
-        raise UnsupportedConfig(f"config.json: sizes of Mamba-2 that do not fit: {sizes}")
+        raise UnsupportedConfig(f"config.json: inconsistent sizes of Mamba-2: {sizes}")
     if hf.get("time_step_limit") not in _UNLIMITED:
         raise UnsupportedConfig(f"config.json: time_step_limit={hf['time_step_limit']}")
     lm_word(hf, "hidden_act", {"silu": "silu", "swish": "silu"}, "silu")

@@ -55,11 +55,11 @@ def test_a_run_transcribes_what_it_was_trained_on(run, spoken_file, tmp_path, ca
     for words, expected in {
         ("generate", "--prompt", str(tmp_path / "no.wav")): f"no file {tmp_path}/no.wav",
         ("generate", "--prompt", str(tmp_path / "long.wav")): "longer (0.3 s) than 0.32 s",
-        ("inspect", "--prompt", "one"): "lm inspect reads texts, and this model hears",
-        ("serve",): "lm serve reads texts, and this model hears",
+        ("inspect", "--prompt", "one"): "lm inspect needs text, but this model takes recordings",
+        ("serve",): "lm serve needs text, but this model takes recordings",
     }.items():
         error = lm(*words, code=2).err
         assert expected in error, words
         assert error.strip().splitlines()[-1].startswith("error: ")
     (tmp_path / "q.jsonl").write_text('{"prompt": "one", "continuations": [" two"]}\n')
-    assert "lm score reads texts" in lm("score", "--input", str(tmp_path / "q.jsonl"), code=2).err
+    assert "lm score needs text" in lm("score", "--input", str(tmp_path / "q.jsonl"), code=2).err

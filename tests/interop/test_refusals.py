@@ -374,7 +374,7 @@ def test_a_generator_is_no_module_of_bert(tmp_path):
 
 
 def test_a_recurrent_model_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no Hugging Face architecture is like Lstm"):
+    with pytest.raises(UserError, match="no Hugging Face architecture corresponds to Lstm"):
         huggingface.save(Lstm(RecurrentConfig(1, 4, 4, 12)), {}, tmp_path / "out")
 
 

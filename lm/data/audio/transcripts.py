@@ -66,8 +66,8 @@ def _find(argument: str, data: Any) -> list[Path]:
         if found:
             return sorted(found)
     raise UserError(
-        f"audio:{argument}: the folder has neither {', '.join(_MANIFESTS)} nor recordings (tables "
-        "that hold them are read by parquet:FILES, arrow:FOLDER and datasets:FOLDER)"
+        f"audio:{argument}: the folder has neither {', '.join(_MANIFESTS)} nor recordings (for "
+        "tables with recordings, use parquet:FILES, arrow:FOLDER or datasets:FOLDER)"
     )
 
 

@@ -150,7 +150,9 @@ class ColumnFiles(RowDocuments, RecordSource):
         try:
             with open_file(path) as file:
                 if not file.seekable():
-                    raise UserError(f"{path}: the server does not tell its length: copy it first")
+                    raise UserError(
+                        f"{path}: the server does not report its size: download it first"
+                    )
                 yield self._table(path, file, columns, groups)
             require_unchanged(path)
         except (pa.ArrowException, OSError, ValueError, EOFError, MemoryError) as error:
@@ -308,7 +310,7 @@ def _saved_files(folder: Path) -> tuple[Path, ...]:
         state = read_json(folder / "state.json")
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no folder that datasets.save_to_disk wrote: name its files, "
+            f"{folder}: not a folder written by datasets.save_to_disk: name its files, "
             "such as arrow:FOLDER/*.arrow"
         ) from None
     listed = state.get("_data_files")

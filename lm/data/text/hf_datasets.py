@@ -132,7 +132,9 @@ def _place(argument: str, data: Any) -> tuple[str, str | None]:
         return str(folder), None
     name, _, config = argument.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"datasets:{argument}: neither a folder nor a data set name of the hub")
+        raise UserError(
+            f"datasets:{argument}: neither a folder nor the name of a data set on the Hub"
+        )
     return name, config or None
 
 

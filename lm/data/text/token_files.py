@@ -329,7 +329,7 @@ def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
     with _reading(path) as file:
         content = file.read()
     if content.startswith(_OLD_MAGIC):
-        raise UserError(f"{path}: an index of the old kind (TNTIDX): create it again with mmap")
+        raise UserError(f"{path}: an index in the old format (TNTIDX): create it again with mmap")
     head = struct.calcsize("<QBQ") + len(_INDEX_MAGIC)
     if not content.startswith(_INDEX_MAGIC) or len(content) < head:
         raise UserError(f"{path}: not an index of Megatron-LM (MMIDIDX), or truncated")
@@ -360,7 +360,7 @@ def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
         len(bounds) and bounds[0] == 0 and bounds[-1] == n and (bounds[1:] >= bounds[:-1]).all()
     )
     if not is_whole:
-        raise UserError(f"{path}: damaged: its documents are not made of all its sequences")
+        raise UserError(f"{path}: damaged: its documents do not cover all its sequences")
     run = TokenRun(tokens, dtype, 0, int(places[-1]))
     size = file_state(tokens)[2]
     if size != run.n * item:
