@@ -28,6 +28,18 @@ COMMON_KEYS: dict[str, Key] = {
     "model.n_kv_heads": Key(0, "Key/value heads (grouped-query); 0: as many as n_heads.", low=0),
     "model.head_dim": Key(0, "Dimension of a head; 0: d_model / n_heads.", low=0),
     "model.d_ff": Key(0, "Width of the feed-forward layer; 0: 4 d_model.", low=0),
+    "model.n_encoder_heads": Key(
+        0,
+        "Heads of the encoder, in total as wide as the decoder's; 0: n_heads.",
+        low=0,
+        needs=("model.family", "encoder_decoder"),
+    ),
+    "model.encoder_d_ff": Key(
+        0,
+        "Width of the encoder's feed-forward layer; 0: d_ff.",
+        low=0,
+        needs=("model.family", "encoder_decoder"),
+    ),
     "model.vocab_size": Key(
         0,
         "Rows of the token embedding table; 0: the tokenizer's size. Tokens of data.added_tokens "
@@ -51,9 +63,10 @@ COMMON_KEYS: dict[str, Key] = {
     "model.residual": Key(
         "sum",
         "How a block's output h joins the residual stream H: H + h (sum), or concat(H, h W), which "
-        "widens the stream by concat_width at each block; hyper: hyper-connections with "
+        "widens the stream by concat_width at each block; parallel: all sublayers read the same "
+        "norm of H (PaLM); hyper: hyper-connections with "
         "hyper_streams streams (Zhu et al. 2024).",
-        choices=("sum", "concat", "hyper"),
+        choices=("sum", "parallel", "concat", "hyper"),
     ),
     "model.hyper_streams": Key(
         4,
@@ -120,9 +133,9 @@ COMMON_KEYS: dict[str, Key] = {
     "model.qk_norm": Key(False, "Normalize queries and keys."),
     "model.qk_norm_over": Key(
         "head",
-        "qk_norm normalizes each head separately (Qwen3) or all heads of a token together (OLMo "
-        "2).",
-        choices=("head", "all"),
+        "qk_norm normalizes each head separately (Qwen3), with a scale of its own (each_head; "
+        "StableLM 2 12B), or all heads of a token together (OLMo 2).",
+        choices=("head", "each_head", "all"),
         needs=("model.qk_norm",),
     ),
     "model.attention_scale": Key(

@@ -34,10 +34,10 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
     if model.positions == "sinusoidal" and model.d_model % 2:
         yield "--config.model.positions=sinusoidal needs an even --config.model.d_model"
     has_table = model.positions in ("relative", "disentangled")
-    if has_table and model.relative_max_distance <= model.relative_buckets // 2:
+    if has_table and model.relative_max_distance <= (least := least_distance(model)):
         yield (
             f"--config.model.relative_max_distance={model.relative_max_distance} must be above "
-            f"half of --config.model.relative_buckets={model.relative_buckets}"
+            f"{least} with --config.model.relative_buckets={model.relative_buckets}"
         )
     if transformer and model.init == "uniform":
         yield f"--config.model.init=uniform is not for --config.model.family={model.family}"
@@ -82,8 +82,23 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         )
     if config.objective.name == "replaced_tokens":
         yield from _generator_rules(config)
+    if model.n_encoder_heads:
+        yield from _encoder_rules(model)
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
+
+
+def _encoder_rules(model: ConfigDict) -> Iterator[str]:
+    named = f"--config.model.n_encoder_heads={model.n_encoder_heads}"
+    width = model.n_heads * (model.head_dim or model.d_model // model.n_heads)
+    if width % model.n_encoder_heads:
+        yield f"{named} does not divide the {width} numbers of all heads"
+    elif model.positions == "rotary" and width // model.n_encoder_heads % 2:
+        yield f"{named} makes heads of an odd width, which --config.model.positions=rotary lacks"
+    if model.n_kv_heads not in (0, model.n_heads):
+        yield f"{named} is not for --config.model.n_kv_heads={model.n_kv_heads}"
+    if model.mixer != "attention":
+        yield f"{named} is not for --config.model.mixer={model.mixer}"
 
 
 def _audio_rules(config: ConfigDict) -> Iterator[str]:
@@ -150,8 +165,8 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
                 "--config.model.mixer=disentangled needs --config.model.family=encoder, not "
                 f"{model.family}"
             )
-        if model.relative_buckets % 4:
-            yield f"--config.model.relative_buckets={model.relative_buckets} is not divisible by 4"
+        if model.relative_buckets % 2:
+            yield f"--config.model.relative_buckets={model.relative_buckets} is odd"
         for name in (
             *("qk_norm", "attention_softcap", "attention_sinks", "window", "mup_base_width"),
         ):
@@ -187,6 +202,12 @@ def _mamba_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.ssm_heads={model.ssm_heads} is not divisible by "
             f"--config.model.ssm_groups={model.ssm_groups}"
         )
+
+
+def least_distance(model: Any) -> int:
+    """Return the largest distance that has a bucket of its own; argument as for `rotary_width`."""
+    n = model.relative_buckets
+    return n // 4 + 1 if model.positions == "disentangled" else n // 2
 
 
 def rotary_width(model: Any) -> int:
@@ -302,6 +323,12 @@ def _window_rules(config: ConfigDict) -> Iterator[str]:
         yield (
             "--config.model.first_norm=false leaves out a norm of --config.model.norm_placement "
             f"pre or both, not {model.norm_placement} of --config.model.family={model.family}"
+        )
+    if model.residual == "parallel" and not (model.first_norm and model.norm_placement != "output"):
+        yield (
+            "--config.model.residual=parallel needs a norm of each block's input: not "
+            f"--config.model.norm_placement={model.norm_placement} with "
+            f"--config.model.first_norm={model.first_norm}"
         )
     for name in ("global_every", "global_layers", "rope_theta_local", "window_chunks"):
         if model[name] and not model.window:

@@ -158,6 +158,31 @@ class MambaOptions:
         64, "Mamba-2: tokens of a chunk, all pairs of which are multiplied at once.", low=1
     )
     ssm_bias: bool = option(False, "Mamba-2: biases of the projections.")
+    ssm_conv_bias: bool = option(True, "Mamba-2: biases of the convolution.")
+    ssm_activation: str = option(
+        "silu",
+        "Mamba-2: activation of the convolution's outputs.",
+        choices=("silu", "relu", "gelu_tanh", "gelu_erf"),
+    )
+
+
+@dataclass(frozen=True)
+class DisentangledOptions:
+    """Options of disentangled attention (He et al. 2021, 2023; the defaults are version 3's)."""
+
+    relative_terms: str = option(
+        "both",
+        "Disentangled: scores of queries with positions (c2p), of keys with positions (p2c), or "
+        "both.",
+        choices=("both", "c2p", "p2c"),
+    )
+    relative_norm: bool = option(True, "Disentangled: normalize the table of positions.")
+    relative_shared: bool = option(
+        True, "Disentangled: the kernels of queries and keys also project positions."
+    )
+    relative_log: bool = option(
+        True, "Disentangled: rows of far positions are logarithmic buckets, not single distances."
+    )
 
 
 MIXERS = Registry(
@@ -166,7 +191,9 @@ MIXERS = Registry(
     "model",
     {
         "attention": Entry("lm.models.attention:Attention"),
-        "disentangled": Entry("lm.models.disentangled_attention:DisentangledAttention"),
+        "disentangled": Entry(
+            "lm.models.disentangled_attention:DisentangledAttention", DisentangledOptions
+        ),
         "mla": Entry("lm.models.latent_attention:LatentAttention", LatentAttentionOptions),
         "mamba2": Entry("lm.models.mamba:Mamba2", MambaOptions),
     },

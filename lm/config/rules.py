@@ -23,7 +23,7 @@ FURTHER_MODEL_KEYS = (
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
     *("residual_multiplier", "embedding_multiplier", "logits_scaling", "value_residual"),
     *("first_norm", "embedding_size", "generator_width", "attention_layers", "feed_forward"),
-    *("n_mels", "nope_layers", "expert_layers", "global_layers"),
+    *("n_mels", "nope_layers", "expert_layers", "global_layers", "n_encoder_heads"),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 

@@ -19,7 +19,7 @@ from lm.interop.family import (
     Values,
     hf_word,
     lm_word,
-    require_equal,
+    read_size,
     states_class,
 )
 from lm.interop.tensor_mapping import (
@@ -77,12 +77,15 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 def read_stacks(hf: Values) -> Values:
     """Read the fields of config.json shared by BART and Whisper."""
-    require_equal(
-        hf,
-        decoder_attention_heads=hf["encoder_attention_heads"],
-        decoder_ffn_dim=hf["encoder_ffn_dim"],
-    )
+    heads, width = (read_size(hf, f"encoder_{name}") for name in ("attention_heads", "ffn_dim"))
+    if not heads or hf["d_model"] % heads:
+        raise UnsupportedConfig(
+            f"config.json: d_model={hf['d_model']} is not divisible by "
+            f"encoder_attention_heads={heads}"
+        )
     return {
+        "n_encoder_heads": 0 if heads == hf["decoder_attention_heads"] else heads,
+        "encoder_d_ff": 0 if width == hf["decoder_ffn_dim"] else width,
         "n_decoder_layers": hf.get("decoder_layers") or hf["encoder_layers"],
         "activation": lm_word(hf, "activation_function", ACTIVATIONS, "gelu"),
         "dropout": hf.get("dropout", 0.1),
@@ -95,8 +98,8 @@ def write_stacks(config: TransformerConfig) -> Values:
     """Write the values of config.json shared by BART and Whisper."""
     return {
         "decoder_layers": config.n_decoder_layers or config.n_layers,
-        "decoder_attention_heads": config.n_heads,
-        "decoder_ffn_dim": config.d_ff,
+        "encoder_attention_heads": config.n_encoder_heads or config.n_heads,
+        "encoder_ffn_dim": config.encoder_d_ff or config.d_ff,
         "activation_function": hf_word(config.activation, ACTIVATIONS, "activation"),
         "dropout": config.dropout,
         "attention_dropout": config.attention_dropout,
@@ -126,8 +129,8 @@ _HEAD = "classification_head"
 STACK_KEYS = {
     "encoder_layers": "n_layers",
     "d_model": "d_model",
-    "encoder_attention_heads": "n_heads",
-    "encoder_ffn_dim": "d_ff",
+    "decoder_attention_heads": "n_heads",
+    "decoder_ffn_dim": "d_ff",
     "vocab_size": "vocab_size",
 }
 BART = Family(

@@ -1,11 +1,14 @@
 """DeBERTa 2 and 3 (He et al. 2021, 2023), bare or with the heads of its classes.
 
-Only attention has positions, and the layers' own projections are also applied to the position
-table, as in the releases of version 3.
+In the releases of version 3 only attention has positions, and the layers' own projections are also
+applied to the position table. The classes' default is a plain encoder with embedded positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from lm.config.registries import DisentangledOptions
 from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.bert import KEYS
 from lm.interop.family import (
@@ -16,7 +19,6 @@ from lm.interop.family import (
     hf_word,
     lm_word,
     read_size,
-    require,
     require_equal,
 )
 from lm.interop.tensor_mapping import (
@@ -29,14 +31,8 @@ from lm.interop.tensor_mapping import (
 from lm.models.transformer_config import TransformerConfig
 
 _LAYERS, _LAYER = "stack/layers", "deberta.encoder.layer.{}"
-_PAIR = frozenset(("c2p", "p2c"))
+_TERMS = {frozenset(("c2p", "p2c")): "both"} | {frozenset((x,)): x for x in ("c2p", "p2c")}
 _HEAD = "cls.predictions"
-_ALWAYS = {
-    "relative_attention": True,
-    "share_att_key": True,
-    "norm_rel_ebd": "layer_norm",
-    "position_biased_input": False,
-}
 
 
 def _base(config: TransformerConfig) -> list[TensorMapping]:
@@ -45,12 +41,15 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
     return [
         same_layout(f"{embeddings}.word_embeddings.weight", "tokens/embedding"),
         same_layout(f"{embeddings}.token_type_embeddings.weight", "types/embedding"),
+        same_layout(f"{embeddings}.position_embeddings.weight", "positions/embedding"),
         *norm_mappings(f"{embeddings}.LayerNorm", "embedding_norm"),
         same_layout("deberta.encoder.rel_embeddings.weight", "stack/relative_table/embedding"),
         *norm_mappings("deberta.encoder.LayerNorm", "stack/relative_table/norm"),
         *linear_mappings(f"{of_self}.query_proj", f"{attention}/query", "D", "H K"),
         *linear_mappings(f"{of_self}.key_proj", f"{attention}/key", "D", "H K"),
         *linear_mappings(f"{of_self}.value_proj", f"{attention}/value", "D", "H K"),
+        *linear_mappings(f"{of_self}.pos_key_proj", f"{attention}/position_key", "D", "H K"),
+        *linear_mappings(f"{of_self}.pos_query_proj", f"{attention}/position_query", "D", "H K"),
         *linear_mappings(f"{_LAYER}.attention.output.dense", f"{attention}/out", "H K", "D"),
         *norm_mappings(f"{_LAYER}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
         *linear_mappings(f"{_LAYER}.intermediate.dense", f"{_LAYERS}/feed_forward/in"),
@@ -60,22 +59,14 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 
 def _read(hf: Values) -> Values:
-    for name, value in _ALWAYS.items():
-        require(hf, name)
-        require_equal(hf, **{name: value})
     width = hf.get("embedding_size") or hf["hidden_size"]
     require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_kernel_size=0, legacy=True)
-    kinds = hf.get("pos_att_type") or ""
-    kinds = kinds.split("|") if isinstance(kinds, str) else kinds
-    if not isinstance(kinds, list) or {str(kind).strip() for kind in kinds} != _PAIR:
-        raise UnsupportedConfig(f"config.json: pos_att_type={kinds} is not supported, only c2p|p2c")
-    buckets, longest = read_size(hf, "position_buckets"), hf.get("max_relative_positions", -1)
-    length = hf.get("max_position_embeddings", 512)
-    if buckets % 2:
-        raise UnsupportedConfig(f"config.json: position_buckets={buckets} is odd")
-    return {
-        "relative_buckets": 2 * buckets,
-        "relative_max_distance": longest if longest > 0 else length,
+    kinds = hf.get("pos_att_type") or []
+    kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
+    terms = frozenset(str(kind).strip() for kind in kinds) if isinstance(kinds, list) else kinds
+    length = read_size(hf, "max_position_embeddings")
+    positions = _read_relative if hf["relative_attention"] else _read_absolute
+    return positions(hf, terms, length) | {
         "max_length": length,
         "activation": lm_word(hf, "hidden_act", ACTIVATIONS, "gelu"),
         "pooler_activation": lm_word(
@@ -88,12 +79,57 @@ def _read(hf: Values) -> Values:
     }
 
 
+def _read_relative(hf: Values, terms: Collection[str], length: int) -> Values:
+    """Read the table of positions and how attention uses it."""
+    require_equal(hf, position_biased_input=False)
+    if terms not in _TERMS:
+        raise UnsupportedConfig(
+            f"config.json: pos_att_type={hf.get('pos_att_type')} is not supported, only c2p|p2c"
+        )
+    buckets, longest = hf.get("position_buckets", -1), hf.get("max_relative_positions", -1)
+    longest = longest if longest > 0 else length
+    is_log = buckets > 0
+    options = DisentangledOptions(
+        relative_terms=_TERMS[terms],
+        relative_norm="layer_norm" in (hf.get("norm_rel_ebd") or "").lower(),
+        relative_shared=bool(hf.get("share_att_key")),
+        relative_log=is_log,
+    )
+    return {
+        "mixer": "disentangled",
+        "mixer_options": options,
+        "positions": "disentangled",
+        "relative_buckets": 2 * (buckets if is_log else longest),
+        "relative_max_distance": longest if is_log else 2 * longest,
+    }
+
+
+def _read_absolute(hf: Values, terms: Collection[str], length: int) -> Values:
+    """Read positions that are embedded, or none; `terms` still divide the scores."""
+    n_terms = 1 + ("c2p" in terms) + ("p2c" in terms)
+    width = hf["hidden_size"] // max(1, hf["num_attention_heads"])
+    return {
+        "positions": "learned" if hf.get("position_biased_input") else "none",
+        "attention_scale": (width * n_terms) ** -0.5 if n_terms > 1 else 0.0,
+    }
+
+
 def _write(config: TransformerConfig) -> Values:
     c = config
-    return _ALWAYS | {
-        "pos_att_type": sorted(_PAIR),
-        "position_buckets": c.relative_buckets // 2,
-        "max_relative_positions": c.relative_max_distance,
+    is_relative = c.mixer == "disentangled"
+    o = c.mixer_options if is_relative else DisentangledOptions(relative_norm=False)
+    n_terms = round(c.score_scale**-2 / c.head_dim)
+    by_number = {2: ["c2p"], 3: ["c2p", "p2c"]}
+    terms = next(sorted(kinds) for kinds, name in _TERMS.items() if name == o.relative_terms)
+    longest = c.relative_max_distance if o.relative_log else c.relative_buckets // 2
+    return {
+        "relative_attention": is_relative,
+        "position_biased_input": c.positions == "learned",
+        "pos_att_type": terms if is_relative else by_number.get(n_terms),
+        "share_att_key": o.relative_shared,
+        "norm_rel_ebd": "layer_norm" if o.relative_norm else "none",
+        "position_buckets": c.relative_buckets // 2 if is_relative and o.relative_log else -1,
+        "max_relative_positions": longest if is_relative else -1,
         "max_position_embeddings": c.max_length,
         "hidden_act": hf_word(c.activation, ACTIVATIONS, "activation"),
         "pooler_hidden_act": "gelu" if c.pooler_activation == "gelu_erf" else "tanh",
@@ -136,8 +172,6 @@ DEBERTA = Family(
         "norm": "layernorm",
         "norm_placement": "post",
         "embedding_norm": True,
-        "mixer": "disentangled",
-        "positions": "disentangled",
     },
     read=_read,
     write=_write,

@@ -89,8 +89,9 @@ def _read_attention(hf: Values, interleaved: bool) -> Values:
         mscale_all_dim=positive_number("mscale_all_dim", mscale) if mscale else 0.0,
         **sizes,
     )
-    heads = hf.get("num_attention_heads")
-    require_equal(hf, num_key_value_heads=heads)
+    heads = read_size(hf, "num_attention_heads")
+    if heads // (hf.get("num_key_value_heads") or heads) > 1:  # read there only to repeat keys
+        require_equal(hf, num_key_value_heads=heads)
     if min(head_dim, *sizes.values()) < 1:
         raise UnsupportedConfig(
             f"config.json: dimensions of heads and latents must be above 0: {sizes}"

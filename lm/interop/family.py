@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config.model_rules import rotary_problems, rotary_width
+from lm.config.model_rules import least_distance, rotary_problems, rotary_width
 from lm.config.registry import option_keys
 from lm.errors import UserError
 from lm.interop.class_defaults import ALIASES, CLASS_DEFAULTS
@@ -142,16 +142,18 @@ class Family:
         found |= {n: 0.0 for n, x in found.items() if x is None and n.endswith("dropout")}
         heads, width = found["n_heads"], found["d_model"]
         found.setdefault("n_kv_heads", heads)
-        _check_types(found)
+        names = {field: name for name, field in self.keys.items()}
+        _check_types(found, names)
+        of_heads = f"config.json: {names.get('n_heads')}={heads}"
         if heads % found["n_kv_heads"]:
-            raise UserError(
-                f"{heads} heads of queries are not divisible by {found['n_kv_heads']} of keys"
-            )
+            raise UserError(f"{of_heads} is not divisible by {found['n_kv_heads']} heads of keys")
         if not found.get("head_dim"):
             if width % heads:
-                raise UserError(f"a width of {width} is not divisible by {heads} heads")
+                raise UserError(f"{of_heads} does not divide {names['d_model']}={width}")
             found["head_dim"] = width // heads
         config = TransformerConfig(**found)
+        if config.relative_buckets < 4 or config.relative_max_distance <= least_distance(config):
+            raise UserError("config.json: the relative positions have too few buckets or distances")
         if config.mixer_options is not None:
             for path, key in option_keys(type(config.mixer_options), "mixer").items():
                 name = path.removeprefix("mixer.")
@@ -183,7 +185,8 @@ class Family:
         ]
         # Some values follow from others, such as the scale of scores from the size of a head.
         own = [n for n in lost if getattr(config, n, 0) != getattr(round_trip, n, 1)] or lost
-        return [f"model.{name}={getattr(config, name, before[name])}" for name in own]
+        values = {name: getattr(config, name, before[name]) for name in own}
+        return [f"model.{name}={_as_written(value)}" for name, value in values.items()]
 
     def mappings(
         self, config: TransformerConfig, paths: Collection[str], heads: Collection[str]
@@ -241,6 +244,13 @@ class Family:
         return {"model_type": self.model_type} | values | self.write(config)
 
 
+def _as_written(value: Any) -> str:
+    """Return a value of the configuration as it is written in a command."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in value)
+
+
 # A decoder's heads, and the ends of their classes' names. Only the last token has no bias.
 _SCORE = TensorMapping("score.weight", ("classifier/kernel",), "C D", "D C")
 _HEADS = {
@@ -287,6 +297,8 @@ _FLAGS = frozenset(
         *("use_qk_norm", "attn_temperature_tuning", "use_qkv_bias"),
         *("scale_attn_by_inverse_layer_idx", "use_bidirectional_attention", "is_decoder"),
         *("classifier_bias", "decoder_bias", "norm_bias", "use_bias", "mamba_proj_bias"),
+        *("use_conv_bias", "mamba_conv_bias", "use_parallel_residual", "qk_layernorm"),
+        *("relative_attention", "share_att_key", "position_biased_input"),
     }
 )
 
@@ -332,8 +344,8 @@ def read_size(hf: Values, name: str) -> int:
     return value
 
 
-def _check_types(found: Values) -> None:
-    """Raise UserError for a value with a different type than its TransformerConfig field."""
+def _check_types(found: Values, names: Mapping[str, str]) -> None:
+    """Raise UserError for a value that its field cannot have; `names` are keys of config.json."""
     kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     for of in fields(TransformerConfig):
         value: Any = found.get(of.name)
@@ -342,23 +354,20 @@ def _check_types(found: Values) -> None:
             continue
         is_number = of.type in ("int", "float")
         if not isinstance(value, kind) or (is_number and isinstance(value, bool)):
-            raise UserError(f"config.json: {of.name} is not of type {of.type}")
+            raise UserError(f"config.json: {names.get(of.name, of.name)} is not of type {of.type}")
         if is_number and not -_LARGEST <= value <= _LARGEST:
-            raise UserError(f"config.json: {of.name} is out of range")
+            raise UserError(f"config.json: {names.get(of.name, of.name)} is out of range")
     sizes = (
         *("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_length"),
         "experts_per_token",
     )
-    buckets = found.get("relative_buckets", 4)
-    if buckets < 4 or found.get("relative_max_distance", buckets) <= buckets // 2:
-        raise UserError("config.json: the relative positions have too few buckets or distances")
     if found.get("norm_eps", 1.0) < 0:
         raise UserError("config.json: norm_eps is less than 0")
     if (found.get("head_dim") or 1) < 1:
         raise UserError("config.json: head_dim is less than 1")
     for name in sizes:
         if found.get(name) is not None and found[name] < 1:
-            raise UserError(f"config.json: {name} is less than 1")
+            raise UserError(f"config.json: {names.get(name, name)} is less than 1")
 
 
 def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> Values:
@@ -429,9 +438,11 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
         unused |= {"n_heads", "n_kv_heads", "head_dim", "attention_biases"}
         unused |= {"attention_scale", "qk_norm", "rope_fraction"}
     if model != "encoder_decoder":
-        unused |= {"n_decoder_layers", "separate_embeddings"}
+        unused |= {"n_decoder_layers", "separate_embeddings", "n_encoder_heads", "encoder_d_ff"}
     else:
         values["n_decoder_layers"] = c.n_decoder_layers or c.n_layers
+        values["n_encoder_heads"] = c.n_encoder_heads or c.n_heads
+        values["encoder_d_ff"] = c.encoder_d_ff or c.d_ff
         values["separate_embeddings"] &= c.positions == "learned" or c.embedding_norm
     return {name: value for name, value in values.items() if name not in unused}
 

@@ -313,8 +313,6 @@ def _describe(
     run = storage_path(workdir)
     lines = [f"{run}: {found.family.model_type} of {n:,} parameters"]
     rows = found.config.vocab_size
-    if n_further := found.about.get("num_nextn_predict_layers"):
-        lines.append(f"left out: layers that predict further tokens (config.json has {n_further})")
     if found.unused:
         lines.append(f"left out: {some_tensors(found.unused)}, which its class does not use")
     if found.config.n_mels and tokenizer:

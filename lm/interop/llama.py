@@ -41,6 +41,11 @@ _NORMS = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "feed_forward_norm",
 }
+_ATTENTION = "model.layers.{}.self_attn"
+_HEAD_NORMS = [
+    *norm_mappings(f"{_ATTENTION}.q_norm", f"{ATTENTION}/query_norm"),
+    *norm_mappings(f"{_ATTENTION}.k_norm", f"{ATTENTION}/key_norm"),
+]
 DENSE = [
     *linear_mappings(f"{MLP}.gate_proj", f"{FEED_FORWARD}/gate"),
     *linear_mappings(f"{MLP}.up_proj", f"{FEED_FORWARD}/in"),
@@ -152,7 +157,8 @@ def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None)
         )
     name = "partial_rotary_factor"
     fraction = rope.get(name, hf.get(name))
-    theta = rope.get("rope_theta") or hf.get("rope_theta") or theta
+    thetas = (rope.get("rope_theta"), hf.get("rope_theta"), theta)
+    theta = next(theta for theta in thetas if theta is not None)
     found: Values = {"rope_theta": positive_number("rope_theta", theta)}
     if partial is None:
         require_equal({name: fraction}, partial_rotary_factor=1.0)
@@ -185,6 +191,19 @@ def read_rope(hf: Values, theta: float = 10_000.0, partial: float | None = None)
         else:
             found[field] = positive_number(name, value)
     return found
+
+
+def even_rotation(hf: Values, found: Values) -> Values:
+    """Return the part of a head, and the theta, that rotate as an odd number of dimensions does.
+
+    transformers then rotates one more, at the frequencies of the odd number.
+    """
+    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    width = int(head * found["rope_fraction"])
+    if width % 2 == 0 or found["rope_scaling"] not in ("none", "linear", "llama3"):
+        return {}
+    theta = found["rope_theta"] ** ((width + 1) / width)
+    return {"rope_fraction": (width + 1) / head, "rope_theta": theta}
 
 
 def _attention_factor(rope: Values) -> float:
@@ -410,6 +429,7 @@ def decoder(
     *,
     norms: Mapping[str, str] = _NORMS,
     feed_forward: Sequence[TensorMapping] = DENSE,
+    head_norms: Sequence[TensorMapping] = _HEAD_NORMS,
     heads: Collection[str] = ("classes",),
     spans_prefix: str = "",
     **fixed: object,
@@ -423,6 +443,7 @@ def decoder(
         write: values of config.json from a TransformerConfig.
         norms: norm of a block by tensor name.
         feed_forward: tensor table of the feed-forward sublayer.
+        head_norms: tensor table of the norms of queries and keys.
         heads: heads that have a class; for these and `spans_prefix` see `decoder_heads`.
         spans_prefix: prefix of the stack's tensors in the class of "spans".
         **fixed: additional fields with a fixed value in this family.
@@ -438,7 +459,6 @@ def decoder(
         norm_mappings(f"model.layers.{{}}.{n}", f"stack/layers/{module}")
         for n, module in norms.items()
     ]
-    attention = "model.layers.{}.self_attn"
     own_heads, classes = decoder_heads(f"{name}ForCausalLM", heads, spans_prefix)
     return Family(
         model_type=model_type,
@@ -448,12 +468,11 @@ def decoder(
         heads=own_heads,
         base=lambda _: [
             same_layout("model.embed_tokens.weight", "tokens/embedding"),
-            *linear_mappings(f"{attention}.q_proj", f"{ATTENTION}/query", "D", "H K"),
-            *linear_mappings(f"{attention}.k_proj", f"{ATTENTION}/key", "D", "G K"),
-            *linear_mappings(f"{attention}.v_proj", f"{ATTENTION}/value", "D", "G K"),
-            *linear_mappings(f"{attention}.o_proj", f"{ATTENTION}/out", "H K", "D"),
-            *norm_mappings(f"{attention}.q_norm", f"{ATTENTION}/query_norm"),
-            *norm_mappings(f"{attention}.k_norm", f"{ATTENTION}/key_norm"),
+            *linear_mappings(f"{_ATTENTION}.q_proj", f"{ATTENTION}/query", "D", "H K"),
+            *linear_mappings(f"{_ATTENTION}.k_proj", f"{ATTENTION}/key", "D", "G K"),
+            *linear_mappings(f"{_ATTENTION}.v_proj", f"{ATTENTION}/value", "D", "G K"),
+            *linear_mappings(f"{_ATTENTION}.o_proj", f"{ATTENTION}/out", "H K", "D"),
+            *head_norms,
             *(row for rows in of_norms for row in rows),
             *feed_forward,
             *norm_mappings("model.norm", "stack/final_norm"),

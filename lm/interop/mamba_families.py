@@ -10,11 +10,14 @@ from dataclasses import replace
 from math import inf
 from typing import Any
 
+from lm.config.model_rules import rotary_width
 from lm.config.registries import MambaOptions
+from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
     Family,
     UnsupportedConfig,
     Values,
+    hf_word,
     lm_word,
     positive_number,
     read_size,
@@ -23,6 +26,7 @@ from lm.interop.family import (
 from lm.interop.llama import (
     FEED_FORWARD,
     decoder,
+    even_rotation,
     read_common,
     read_rope,
     write_decoder,
@@ -77,15 +81,22 @@ def _fused(hf: str) -> dict[str, list[str]]:
     return {f"{hf}.{name}": [f"{hf}.{part}" for part in own] for name, own in parts.items()}
 
 
-def _read_mixer(hf: Values, names: dict[str, str], bias: str) -> Values:
-    """Read the mixer; `names` maps sizes in config.json to their fields, `bias` is a key."""
+def _read_mixer(hf: Values, names: dict[str, str], bias: str, conv_bias: str) -> Values:
+    """Read the mixer; `names` maps sizes in config.json to their fields, the others are keys."""
     sizes = {field: read_size(hf, name) for name, field in names.items()}
     if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
         raise UnsupportedConfig(f"config.json: inconsistent sizes of Mamba-2: {sizes}")
     if hf.get("time_step_limit") not in _UNLIMITED:
-        raise UnsupportedConfig(f"config.json: time_step_limit={hf['time_step_limit']}")
-    lm_word(hf, "hidden_act", {"silu": "silu", "swish": "silu"}, "silu")
-    return {"mixer_options": MambaOptions(**sizes, ssm_bias=bool(hf.get(bias)))}
+        raise UnsupportedConfig(
+            f"config.json: time_step_limit={hf['time_step_limit']} is not supported, only no limit"
+        )
+    options = MambaOptions(
+        **sizes,
+        ssm_bias=bool(hf.get(bias)),
+        ssm_conv_bias=bool(hf[conv_bias]),
+        ssm_activation=lm_word(hf, "hidden_act", ACTIVATIONS, "silu"),
+    )
+    return {"mixer_options": options}
 
 
 def _options(config: TransformerConfig) -> MambaOptions:
@@ -107,13 +118,13 @@ _DEFAULTS = {
     "n_groups": 8,
     "conv_kernel": 4,
     "chunk_size": 256,
+    "use_conv_bias": True,
 }
 
 
 def _read_mamba2(hf: Values) -> Values:
     hf = _DEFAULTS | hf
-    require_equal({"use_conv_bias": True} | hf, use_conv_bias=True)
-    found = _read_mixer(hf, _SIZES, "use_bias")
+    found = _read_mixer(hf, _SIZES, "use_bias", "use_conv_bias")
     o = found["mixer_options"]
     width = positive_number("hidden_size", hf.get("hidden_size"))
     require_equal({"expand": 2} | hf, expand=o.ssm_heads * o.ssm_head_dim / width)
@@ -132,9 +143,9 @@ def _write_mamba2(config: TransformerConfig) -> Values:
         "expand": int(expand) if expand == int(expand) else expand,
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
+        "hidden_act": hf_word(o.ssm_activation, ACTIVATIONS, "ssm_activation"),
         "use_bias": o.ssm_bias,
-        "use_conv_bias": True,
+        "use_conv_bias": o.ssm_conv_bias,
     }
 
 
@@ -191,22 +202,23 @@ _BAMBA_DEFAULTS = {
 
 def _read_bamba(hf: Values) -> Values:
     hf = _BAMBA_DEFAULTS | hf
-    require_equal(hf, mamba_conv_bias=True)
     width = read_size(hf, "mamba_expand") * read_size(hf, "hidden_size")
     if hf["mamba_d_head"] == "auto":
         hf["mamba_d_head"] = width // max(1, read_size(hf, "mamba_n_heads"))
-    found = _read_mixer(hf, _BAMBA_SIZES, "mamba_proj_bias")
+    found = _read_mixer(hf, _BAMBA_SIZES, "mamba_proj_bias", "mamba_conv_bias")
     o, layers = found["mixer_options"], hf.get("attn_layer_indices") or []
     require_equal({"width": o.ssm_heads * o.ssm_head_dim}, width=width)
     n_layers = read_size(hf, "num_hidden_layers")
     if not isinstance(layers, list) or not {*layers} <= {*range(n_layers)}:
         raise UnsupportedConfig(f"config.json: attn_layer_indices={layers}")
+    # The half rotates whatever the file says, as in transformers.
+    rope = read_rope(hf, partial=0.5) | {"rope_fraction": 0.5}
     return (
         read_common(hf)
-        | read_rope(hf, partial=0.5)
+        | rope
+        | even_rotation(hf, rope)
         | found
         | {
-            "rope_fraction": 0.5,  # whatever the file says, as in transformers
             "attention_layers": tuple(layers),
             "bias": hf.get("mlp_bias", False),
             "attention_bias": "all" if hf.get("attention_bias") else "none",
@@ -214,8 +226,17 @@ def _read_bamba(hf: Values) -> Values:
     )
 
 
+def _with_odd_rotation(config: TransformerConfig) -> TransformerConfig:
+    """Return the configuration that `even_rotation` read, if half of a head is an odd number."""
+    width = config.head_dim // 2
+    if width % 2 == 0 or rotary_width(config) != width + 1:
+        return config
+    theta = float(f"{config.rope_theta ** (width / (width + 1)):.12g}")
+    return replace(config, rope_fraction=0.5, rope_theta=theta)
+
+
 def _write_bamba(config: TransformerConfig) -> Values:
-    c, o = config, _options(config)
+    c, o = _with_odd_rotation(config), _options(config)
     expand = o.ssm_heads * o.ssm_head_dim / c.d_model
     if expand != int(expand) or c.rope_fraction != 0.5:
         raise UnsupportedConfig(f"model.rope_fraction={c.rope_fraction}, {expand} d_model")
@@ -225,7 +246,7 @@ def _write_bamba(config: TransformerConfig) -> Values:
         | {
             "mamba_expand": int(expand),
             "mamba_proj_bias": o.ssm_bias,
-            "mamba_conv_bias": True,
+            "mamba_conv_bias": o.ssm_conv_bias,
             "attn_layer_indices": [int(i) for i in c.attention_layers],
             "mlp_bias": c.bias,
             "attention_bias": "query" in c.attention_biases,

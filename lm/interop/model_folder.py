@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from lm.interop import (
     t5,
     whisper,
 )
-from lm.interop.family import Family, Values
+from lm.interop.family import Family, Values, states_class
 from lm.interop.folder_heads import folder_heads, unused_tensors
 from lm.interop.fused_tensors import split
 from lm.interop.model_parameters import ParameterSpec, load_sharded, parameter_specs, zeros
@@ -161,14 +161,18 @@ class ModelFolder:
         expected = self.shapes
         missing = [name for name in expected if name not in self.stored]
         surplus = [name for name in self.stored if name not in expected]
+        classes, stated = self.family.classes.values(), self.about.get("architectures")
+        other = ""
+        if stated and not states_class(self.about, classes):
+            other = f"; config.json has architectures={stated!r:.60}, not {' or '.join(classes)}"
         if missing:
             raise UserError(
-                f"{where} lacks {some_tensors(missing)} of a {self.family.model_type} model"
+                f"{where} lacks {some_tensors(missing)} of a {self.family.model_type} model{other}"
             )
         if surplus:
             raise UserError(
                 f"{where} has {some_tensors(surplus)}, which a {self.family.model_type} model with "
-                "this config.json does not have"
+                f"this config.json does not have{other}"
             )
         for name, shape in expected.items():
             self.stored[name].check_weights()
@@ -206,7 +210,9 @@ def open_model_folder(path: Path) -> ModelFolder:
     try:
         config = family.read_config(about)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        is_named = any(key in str(error) for key in about)
+        key = "" if is_named else _wrong_key(family, about).replace(": ", "; config.json has ", 1)
+        raise UserError(f"{path}: {error}{key}") from error
     except _WRONG_VALUE as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: config.json{_wrong_key(family, about)}: {what}") from error
@@ -219,7 +225,9 @@ def open_model_folder(path: Path) -> ModelFolder:
         readers = {"fp8": fp8_blocks.fp8_weights, "mxfp4": mxfp4.mxfp4_weights}
         method = str(quantization.get("quant_method"))
         tensors = readers.get(method, compressed_tensors.unpacked)(path, quantization, tensors)
-    stored = _without_further(about, config, _by_table_name(family, tensors))
+    stored = _by_table_name(family, tensors)
+    further = _further_layers(about, config, stored)
+    stored = {name: tensor for name, tensor in stored.items() if name not in further}
     stored = family.adapted(about, stored)
     stored = _without_constants(path, family, config, stored)
     _check_further_files(path, family, config)
@@ -239,7 +247,7 @@ def open_model_folder(path: Path) -> ModelFolder:
         _check_unscaled(path, config)
     config = replace(config, tie_embeddings=tied)
     stored, replaced = _without_copies(path, family, tied, stored)
-    found = ModelFolder(family, config, heads, stored, about, (*unused, *replaced))
+    found = ModelFolder(family, config, heads, stored, about, (*further, *unused, *replaced))
     if family.fused:
         parts = split(path, family.fused, config.n_layers, found.shapes, stored)
         found = replace(found, stored=parts)
@@ -286,16 +294,15 @@ def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[s
     return found
 
 
-def _without_further(
-    about: Values, config: TransformerConfig, stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Drop the extra layers at the end, which predict tokens beyond the next (DeepSeek-V3)."""
+def _further_layers(about: Values, config: TransformerConfig, stored: Collection[str]) -> list[str]:
+    """Return the tensors of extra layers, which predict tokens beyond the next (DeepSeek-V3)."""
     n_further = about.get("num_nextn_predict_layers")
+    if n_further is None:
+        n_further = sum(name.endswith(".eh_proj.weight") for name in stored)
     if not isinstance(n_further, int):
-        return dict(stored)
-    names = "|".join(str(config.n_layers + i) for i in range(min(n_further, 64)))
-    is_further = re.compile(rf"model\.layers\.(?:{names})\..*")
-    return {name: x for name, x in stored.items() if not names or not is_further.fullmatch(name)}
+        return []
+    starts = tuple(f"model.layers.{config.n_layers + i}." for i in range(min(n_further, 64)))
+    return sorted(name for name in stored if name.startswith(starts))
 
 
 def _without_constants(

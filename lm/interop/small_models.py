@@ -3,15 +3,16 @@
 SmolLM3 (Hugging Face 2025) has no positions in every fourth layer, Granite (IBM 2024)
 multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024) store queries,
 keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of each head and
-uses LayerNorm.
+uses LayerNorm; its 12B has parallel sublayers and normalized heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lm.interop.family import UnsupportedConfig, Values, positive_number, require_equal
+from lm.interop.family import UnsupportedConfig, Values, positive_number
 from lm.interop.llama import (
+    ATTENTION,
     GLOBAL,
     LOCAL,
     MLP,
@@ -20,6 +21,7 @@ from lm.interop.llama import (
     TASKS,
     config_layer_types,
     decoder,
+    even_rotation,
     has_rope,
     one_window,
     read_common,
@@ -33,6 +35,7 @@ from lm.interop.llama import (
     write_one_window,
     write_rope,
 )
+from lm.interop.tensor_mapping import same_layout
 from lm.models.transformer_config import TransformerConfig
 
 _NO_PADDING = {"pad_token_id": None}  # the published default may be beyond the table
@@ -103,25 +106,12 @@ def _read_phi3(hf: Values) -> Values:
     return (
         read_common(hf)
         | found
-        | _even_rotation(hf, found)
+        | even_rotation(hf, found)
         | one_window(hf, None)
         | {
             "dropout": hf.get("resid_pdrop", 0.0),
         }
     )
-
-
-def _even_rotation(hf: Values, found: Values) -> Values:
-    """Return the part of a head, and the theta, that rotate as an odd number of dimensions does.
-
-    transformers then rotates one more, at the frequencies of the odd number.
-    """
-    head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-    width = int(head * found["rope_fraction"])
-    if width % 2 == 0 or found["rope_scaling"] not in ("none", "linear", "llama3"):
-        return {}
-    theta = found["rope_theta"] ** ((width + 1) / width)
-    return {"rope_fraction": (width + 1) / head, "rope_theta": theta}
 
 
 def _write_phi3(config: TransformerConfig) -> Values:
@@ -141,7 +131,6 @@ def _write_phi3(config: TransformerConfig) -> Values:
 
 
 def _read_stablelm(hf: Values) -> Values:
-    require_equal(hf, use_parallel_residual=False, qk_layernorm=False)
     return (
         read_common(hf)
         | read_rope(hf, partial=0.25)
@@ -150,6 +139,8 @@ def _read_stablelm(hf: Values) -> Values:
             "norm_eps": hf.get("layer_norm_eps", 1e-5),
             "attention_bias": "qkv" if hf.get("use_qkv_bias") else "none",
             "dropout": hf.get("hidden_dropout", 0.0),
+            "residual": "parallel" if hf.get("use_parallel_residual") else "sum",
+            "qk_norm": bool(hf.get("qk_layernorm")),
         }
     )
 
@@ -161,6 +152,8 @@ def _write_stablelm(config: TransformerConfig) -> Values:
         "layer_norm_eps": config.norm_eps,
         "use_qkv_bias": "query" in config.attention_biases,
         "hidden_dropout": config.dropout,
+        "use_parallel_residual": config.residual == "parallel",
+        "qk_layernorm": config.qk_norm,
     }
 
 
@@ -185,4 +178,12 @@ STABLELM = decoder(
     heads=TAGGER,
     norm="layernorm",
     norm_bias=True,
+    qk_norm_over="each_head",
+    head_norms=[
+        same_layout(
+            f"model.layers.{{}}.self_attn.{part}_layernorm.norms.{{}}.weight",
+            f"{ATTENTION}/{name}_norm/scale",
+        )
+        for part, name in (("q", "query"), ("k", "key"))
+    ],
 )

@@ -1,6 +1,6 @@
 """Disentangled attention: contents attend to contents and relative positions, and vice versa.
 
-DeBERTa (He et al. 2021, §3.1) with the buckets and shared projections of versions 2 and 3.
+DeBERTa (He et al. 2021, §3.1), by default with the buckets and shared projections of version 3.
 
 Shape letters: B batch, L length, R rows of the table of relative positions, D model, W width of the
 input, H heads, K head dim.
@@ -8,7 +8,6 @@ input, H heads, K head dim.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +17,7 @@ import numpy as np
 
 from lm.models.attention import Attention, MixerInputs
 from lm.models.cache import Layer
-from lm.models.layers import make_norm
+from lm.models.layers import Linear, make_norm
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, param
 
@@ -43,7 +42,7 @@ def log_buckets(distances: np.ndarray, n_rows: int, max_distance: int) -> np.nda
 
 
 class RelativeTable(nn.Module):
-    """Normalized table of a stack's relative positions."""
+    """Table of a stack's relative positions."""
 
     config: TransformerConfig
 
@@ -53,19 +52,29 @@ class RelativeTable(nn.Module):
         c = self.config
         role, shape = Role(Kind.POSITION_BIAS, c.stream, inputs=1), (c.relative_buckets, c.d_model)
         table_RD = param(self, "embedding", c.table_init, shape, ("positions", "embed"), role)
-        return make_norm(c, "norm")(table_RD)
+        return make_norm(c, "norm")(table_RD) if c.mixer_options.relative_norm else table_RD
 
 
 class DisentangledAttention(Attention):
-    """Self-attention whose scores are the sum of three products, divided by sqrt(3 K).
+    """Self-attention whose scores are the sum of n = 3 products, divided by sqrt(n K).
 
     They are query · key, query · position and key · position, where the layer's own queries and
-    keys project the stack's table.
+    keys, unless it has others for that, project the stack's table. Options leave out a product.
     """
 
     def setup(self) -> None:
         super().setup()
-        self.dropout = nn.Dropout(self.config.dropout, deterministic=self.deterministic)
+        c, terms = self.config, self.config.mixer_options.relative_terms
+        self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
+        self.reads_positions, self.is_read_from_positions = terms != "p2c", terms != "c2p"
+        if not c.mixer_options.relative_shared:
+            init = c.kernel_init(c.std(c.d_model, c.n_heads * c.head_dim))
+            names, role = ("embed", "heads", "head_dim"), Role(Kind.MATRIX, c.stream)
+            shapes, bias = ((c.d_model,), (c.n_heads, c.head_dim)), "key" in c.attention_biases
+            if self.reads_positions:
+                self.position_key = Linear(*shapes, names, role, bias, init, c.dtype)
+            if self.is_read_from_positions:
+                self.position_query = Linear(*shapes, names, role, bias, init, c.dtype)
 
     @classmethod
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
@@ -78,11 +87,21 @@ class DisentangledAttention(Attention):
         c, table_RD = self.config, inputs.bias_HLS
         assert table_RD is not None
         table_1RD = self.dropout(table_RD)[None]
-        q_BLHK, (k_BLHK, v_BLHK) = self.queries(x_BLW) / math.sqrt(3), self.keys_values(x_BLW)
-        q_RHK, k_RHK = self.queries(table_1RD)[0] / math.sqrt(3), self.key(table_1RD)[0]
-        distances = np.arange(x_BLW.shape[1])[:, None] - np.arange(x_BLW.shape[1])
-        rows_LL = log_buckets(distances, c.relative_buckets, c.relative_max_distance)
-        bias_BHLL = _pick(q_BLHK, k_RHK, rows_LL) + _pick(k_BLHK, q_RHK, rows_LL.T).swapaxes(2, 3)
+        o, n_rows = c.mixer_options, c.relative_buckets
+        share = (1 + self.reads_positions + self.is_read_from_positions) ** -0.5
+        q_BLHK, (k_BLHK, v_BLHK) = self.queries(x_BLW) * share, self.keys_values(x_BLW)
+        rows_LL = np.arange(x_BLW.shape[1])[:, None] - np.arange(x_BLW.shape[1])
+        if o.relative_log:
+            rows_LL = log_buckets(rows_LL, n_rows, c.relative_max_distance)
+        else:
+            rows_LL = np.clip(rows_LL + n_rows // 2, 0, n_rows - 1)
+        bias_BHLL: Any = 0.0
+        if self.reads_positions:
+            k_RHK = (self.key if o.relative_shared else self.position_key)(table_1RD)[0]
+            bias_BHLL += _pick(q_BLHK, k_RHK, rows_LL)
+        if self.is_read_from_positions:
+            q_RHK = (self.queries if o.relative_shared else self.position_query)(table_1RD)[0]
+            bias_BHLL += _pick(k_BLHK, q_RHK * share, rows_LL.T).swapaxes(2, 3)
         bias_BHLL *= c.score_scale
         return self._attend(q_BLHK, (k_BLHK, v_BLHK), inputs.mask, bias_BHLL), None
 

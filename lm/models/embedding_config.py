@@ -11,6 +11,8 @@ class EmbeddingConfig:
 
     n_mels: int = 0
     max_source_length: int = 0
+    n_encoder_heads: int = 0
+    encoder_d_ff: int = 0
     token_types: int = 0
     embedding_size: int = 0
     separate_embeddings: bool = False

@@ -18,8 +18,17 @@ from lm.models.decoder import Model, position_table
 from lm.models.layers import make_norm
 from lm.models.task_layers import last_of_row
 from lm.models.transformer import Stack
+from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
+
+
+def encoder_config(config: TransformerConfig) -> TransformerConfig:
+    """Return the configuration of the encoder."""
+    c = replace(config, stream="source", d_ff=config.encoder_d_ff or config.d_ff)
+    if not (n := c.n_encoder_heads):
+        return c
+    return replace(c, n_heads=n, n_kv_heads=n, head_dim=c.n_heads * c.head_dim // n)
 
 
 class EncoderDecoder(Model):
@@ -35,7 +44,7 @@ class EncoderDecoder(Model):
     def setup(self) -> None:
         super().setup()
         c = self.config
-        of_source = replace(c, stream="source")
+        of_source = encoder_config(c)
         self.encoder = Stack(of_source, c.n_layers, self.deterministic, causal=False)
         self.decoder = Stack(c, self.n_decoder_layers, self.deterministic, causal=True)
         if c.separate_embeddings and c.positions == "learned":

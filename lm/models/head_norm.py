@@ -22,9 +22,25 @@ class JointNorm(Norm):
         return super().__call__(x_BLHK.reshape(*x_BLHK.shape[:2], -1)).reshape(x_BLHK.shape)
 
 
+# A norm of each head with a scale of its own, [H, K].
+EachHeadNorm = nn.vmap(
+    Norm,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=2,
+    out_axes=2,
+    metadata_params={nn.PARTITION_NAME: "norm"},
+)
+
+
 def make_head_norm(config: TransformerConfig) -> Norm:
-    """Build the norm of queries or keys: per head (Henry et al. 2020), or over all heads."""
+    """Build the norm of queries or keys: per head (Henry et al. 2020), or over all heads.
+
+    Norms of heads with scales of their own have no biases.
+    """
     if config.qk_norm_over == "head":
         return make_norm(config)
     c, role = config, Role(Kind.NORM, config.stream)
+    if c.qk_norm_over == "each_head":
+        return EachHeadNorm(c.norm, role, c.norm_eps, False, c.norm_unit_offset, c.dtype)
     return JointNorm(c.norm, role, c.norm_eps, c.norm_bias, c.norm_unit_offset, c.dtype)

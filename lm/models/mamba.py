@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config.registries import MambaOptions
+from lm.kernels.elementwise import ACTIVATIONS
 from lm.kernels.state_space import state_space
 from lm.models.attention import MixerInputs, TokenMixer
 from lm.models.cache import Layer, write_layer
@@ -84,7 +85,7 @@ class Mamba2(TokenMixer):
         self.inputs = {name: linear(sizes[name], *axes[name]) for name in INPUTS}
         self.step = linear(heads[:1], "heads")
         self.convolutions = {
-            name: Convolution(sizes[name], o.ssm_conv, axes[name], vector) for name in INPUTS
+            name: Convolution(sizes[name], o, axes[name], vector) for name in INPUTS
         }
 
         def of_heads(name: str, init: Any) -> jax.Array:
@@ -177,17 +178,17 @@ def _number_texts(
 
 
 class Convolution(nn.Module):
-    """Convolution of each channel over the preceding tokens of its text, then SiLU.
+    """Convolution of each channel over the preceding tokens of its text, then an activation.
 
     Attributes:
         channels: number of heads and their width.
-        n_taps: tokens that an output depends on, K.
+        options: options of the mixer; `ssm_conv` is the number of taps K.
         names: logical axes of the channels.
         role: role of the parameters.
     """
 
     channels: tuple[int, int]
-    n_taps: int
+    options: MambaOptions
     names: tuple[str, str]
     role: Role
 
@@ -206,10 +207,12 @@ class Convolution(nn.Module):
         Returns:
             Outputs, float32, and the last K - 1 inputs of the last text.
         """
-        L, K, bound = x_BLHP.shape[1], self.n_taps, self.n_taps**-0.5
+        L, K, bound = x_BLHP.shape[1], self.options.ssm_conv, self.options.ssm_conv**-0.5
         shape, axes, zeros = (*self.channels, K), (*self.names, "hidden"), nn.initializers.zeros
         kernel_HPK = param(self, "kernel", _uniform(-bound, bound), shape, axes, self.role)
-        y_BLHP = param(self, "bias", zeros, self.channels, self.names, self.role)
+        y_BLHP = jnp.zeros(self.channels)
+        if self.options.ssm_conv_bias:
+            y_BLHP = param(self, "bias", zeros, self.channels, self.names, self.role)
         x_BMHP = jnp.concatenate([taps_BKHP, x_BLHP.astype(taps_BKHP.dtype)], axis=1)
         ids_BM = jnp.pad(ids_BL, ((0, 0), (K - 1, 0)))
         for k in range(K):
@@ -219,7 +222,8 @@ class Convolution(nn.Module):
         at_BK = end_B1 + jnp.arange(K - 1)
         last_BKHP = jnp.take_along_axis(x_BMHP, at_BK[..., None, None], axis=1)
         is_kept_BK = jnp.take_along_axis(ids_BM, at_BK, axis=1) == ids_BL[:, -1:]
-        return jax.nn.silu(y_BLHP), jnp.where(is_kept_BK[..., None, None], last_BKHP, 0)
+        y_BLHP = ACTIVATIONS[self.options.ssm_activation](y_BLHP)
+        return y_BLHP, jnp.where(is_kept_BK[..., None, None], last_BKHP, 0)
 
 
 def _uniform(low: float, high: float) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")  # of a block, in their order
+
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualConfig:

@@ -144,7 +144,7 @@ class Block(nn.Module):
 
         def run(name: str, x_BLW: jax.Array) -> jax.Array:
             is_normed = c.norm_placement in ("pre", "both")
-            is_normed &= not (kind.raw_input and name == "attention")
+            is_normed &= name not in kind.raw_input
             y_BLD = present[name](make_norm(c, f"{name}_norm")(x_BLW) if is_normed else x_BLW)
             if c.norm_placement in ("both", "output"):
                 y_BLD = make_norm(c, f"{name}_post_norm")(y_BLD)

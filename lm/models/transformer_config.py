@@ -23,7 +23,7 @@ from lm.models.attention_config import ATTENTION_BIASES, AttentionConfig
 from lm.models.embedding_config import EmbeddingConfig
 from lm.models.experts_config import ExpertsConfig
 from lm.models.layer_patterns import expert_layers, global_layers, nope_layers
-from lm.models.residual_config import ResidualConfig
+from lm.models.residual_config import SUBLAYERS, ResidualConfig
 from lm.models.variables import Initializer, Stream
 
 
@@ -38,7 +38,7 @@ class LayerType:
             receives it as an array.
         scannable: has the same parameter shapes as its neighbours; other layers are unrolled.
         group: layers of different groups never share a scan.
-        raw_input: attention reads the residual stream without a norm.
+        raw_input: sublayers that get their input without a norm of their own.
     """
 
     feed_forward: str = "dense"
@@ -46,7 +46,7 @@ class LayerType:
     is_local: bool = False
     scannable: bool = True
     group: int = 0
-    raw_input: bool = False
+    raw_input: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,22 +179,22 @@ class TransformerConfig(
         if self.window or self.n_experts:
             is_global_N, sparse_N = global_layers(self, n_layers), expert_layers(self, n_layers)
         for i in range(n_layers):
-            is_raw = i == 0 and not self.first_norm
+            raw = ("attention",) if i == 0 and not self.first_norm else ()
             types.append(
                 LayerType(
                     feed_forward="experts" if sparse_N[i] else plain,
                     mixer="attention" if i in self.attention_layers else self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual != "concat" and not self.unrolled,
-                    group=int(i >= self.dense_layers) + 2 * is_raw,
-                    raw_input=is_raw,
+                    group=int(i >= self.dense_layers) + 2 * len(raw),
+                    raw_input=SUBLAYERS if self.residual == "parallel" else raw,
                 )
             )
         return tuple(types)
 
     @property
     def is_wide(self) -> bool:
-        """True if the residual stream holds more than one sum (`wide_streams.py`)."""
+        """True if blocks do not add each sublayer to one sum (`wide_streams.py`)."""
         return self.residual != "sum" or self.value_residual != "none"
 
     @property

@@ -1,4 +1,4 @@
-"""Residual streams that hold more than the sum of embeddings and sublayer outputs.
+"""Residual streams other than a sum to which each sublayer adds in turn.
 
 A stack widens its input to the stream, each block reads and writes it through a `Stream`, and the
 stack narrows what leaves the last block to [B, L, D], normalized. With `model.value_residual` the
@@ -133,6 +133,21 @@ class Stream:
         return replace(inputs, values_BSGK=mixed_BSGK)
 
 
+class ParallelStream(Stream):
+    """Stream whose sublayers all read one norm of it, x + attention(norm(x)) + mlp(norm(x)).
+
+    GPT-J (Wang and Komatsuzaki 2021) and PaLM (Chowdhery et al. 2022, §2).
+    """
+
+    input_BLD: jax.Array | None = None
+
+    def read(self, name: str, index: jax.Array) -> jax.Array:
+        """Return the normalized stream that entered the block."""
+        if self.input_BLD is None:
+            self.input_BLD = make_norm(self.config, "attention_norm")(self.x_BLW)
+        return self.input_BLD
+
+
 class ConcatStream(Stream):
     """Stream of `residual="concat"`, which grows by g = `concat_width` numbers a block.
 
@@ -230,4 +245,9 @@ def _constrained(x_BLW: jax.Array) -> jax.Array:
     return constrain(x_BLW, "batch", "residual_length", "embed")
 
 
-STREAMS = {"sum": Stream, "concat": ConcatStream, "hyper": HyperStream}
+STREAMS = {
+    "sum": Stream,
+    "parallel": ParallelStream,
+    "concat": ConcatStream,
+    "hyper": HyperStream,
+}

@@ -44,7 +44,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
     if config.optimizer.qk_clip:
         yield f"--config.parallel.mesh.stage={stages} does not support --config.optimizer.qk_clip"
     for name, plain in (
-        ("residual", "hyper" if model.residual == "hyper" else "sum"),
+        ("residual", "sum" if model.residual == "concat" else model.residual),
         ("dense_layers", 0),
         ("expert_layers", ()),
         ("first_norm", True),
@@ -121,6 +121,8 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
     is_d_ff_used = model.experts_every > 1 or model.dense_layers or not model.expert_d_ff
     if model.family in TRANSFORMERS:
         axes += [("heads", "n_heads"), *([("mlp", "d_ff")] if is_d_ff_used else [])]
+    for axis, key in (("heads", "n_encoder_heads"), ("mlp", "encoder_d_ff")):
+        axes += [(axis, key)] if model[key] else []
     if model.embedding_size:
         axes += [("embed", "embedding_size")]
     if model.mixer == "mamba2":

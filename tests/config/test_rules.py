@@ -81,6 +81,10 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
             "concat is not for --config.model.norm",
         ),
         (
+            {"model.residual": "parallel", "model.norm_placement": "output"},
+            "parallel needs a norm of each block's input: not --config.model.norm_placement=output",
+        ),
+        (
             {"model.value_residual": "fixed", "model.mixer": "mla"},
             "value_residual=fixed is not for --config.model.mixer=mla",
         ),
@@ -136,7 +140,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.positions": "relative", "model.relative_max_distance": "16"},
-            "relative_max_distance=16 must be above half of --config.model.relative_buckets=32",
+            "relative_max_distance=16 must be above 16 with --config.model.relative_buckets=32",
         ),
         ({"model.carry": "true"}, "--config.model.carry needs --config.data.order=contiguous and"),
         (

@@ -80,9 +80,9 @@ BART = {
     "encoder_layers": 2,
     "decoder_layers": 3,
     "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
     "encoder_ffn_dim": 40,
-    "decoder_ffn_dim": 40,
+    "decoder_ffn_dim": 28,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 32,
 }
@@ -357,7 +357,12 @@ DECODERS |= {
         | {"partial_rotary_factor": 0.5, "tie_word_embeddings": True, "hidden_size": 64}
         | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
     ),
-    "stablelm": ("StableLmForCausalLM", LLAMA | {"num_key_value_heads": 2, "use_qkv_bias": True}),
+    "stablelm": (
+        "StableLmForCausalLM",
+        LLAMA
+        | {"num_key_value_heads": 2, "use_qkv_bias": True}
+        | {"use_parallel_residual": True, "qk_layernorm": True},
+    ),
     "stablelm-whole-tied": (
         "StableLmForCausalLM",
         LLAMA
@@ -376,8 +381,14 @@ ENCODERS = {
     "deberta-types-untied": (
         "DebertaV2ForMaskedLM",
         DEBERTA
-        | {"type_vocab_size": 2, "tie_word_embeddings": False, "position_buckets": 4}
-        | {"max_relative_positions": 9, "num_attention_heads": 4, "hidden_act": "gelu_new"},
+        | {"type_vocab_size": 2, "tie_word_embeddings": False, "position_buckets": -1}
+        | {"max_relative_positions": 9, "num_attention_heads": 4, "hidden_act": "gelu_new"}
+        | {"share_att_key": False, "norm_rel_ebd": "none", "pos_att_type": ["p2c"]},
+    ),
+    "deberta-absolute": (
+        "DebertaV2ForMaskedLM",
+        DEBERTA
+        | {"relative_attention": False, "position_biased_input": True, "norm_rel_ebd": "none"},
     ),
     "electra-generator": ("ElectraForMaskedLM", ELECTRA),
     "electra-generator-untied": (
@@ -427,14 +438,16 @@ DECODERS |= {
         "Mamba2ForCausalLM",
         MAMBA2
         | {"n_groups": 4, "conv_kernel": 3, "expand": 1, "num_heads": 4}
-        | {"tie_word_embeddings": False, "use_bias": True},
+        | {"tie_word_embeddings": False, "use_bias": True}
+        | {"use_conv_bias": False, "hidden_act": "gelu"},
     ),
     "bamba": ("BambaForCausalLM", BAMBA),
     "bamba-groups": (
         "BambaForCausalLM",
         BAMBA
         | {"attn_layer_indices": [0, 2], "mamba_n_groups": 2}
-        | {"attention_bias": True, "mamba_proj_bias": True},
+        | {"attention_bias": True, "mamba_proj_bias": True}
+        | {"hidden_size": 40, "hidden_act": "relu", "mamba_conv_bias": False},  # 5 of 10 rotate
     ),
 }
 ENCODER_DECODERS = {

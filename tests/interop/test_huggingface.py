@@ -8,6 +8,7 @@ import pytest
 from hf_models import (
     BY_LENGTH,
     DECODERS,
+    DEEPSEEK,
     ENCODER_DECODERS,
     ENCODERS,
     GPT2,
@@ -78,6 +79,10 @@ ODD = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4
     [
         ("GPT2LMHeadModel", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
         ("Phi3ForCausalLM", LLAMA | {"rope_parameters": ODD, "pad_token_id": None}),  # 3 of 8
+        (  # the default number of key heads is that of the largest model
+            "DeepseekV3ForCausalLM",
+            DEEPSEEK | {"num_key_value_heads": 128, "n_group": 2, "topk_group": 1},
+        ),
     ],
 )
 def test_a_setting_that_other_values_express_is_read_as_them(tmp_path, name, values):

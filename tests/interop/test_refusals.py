@@ -143,9 +143,9 @@ SPOILT = {
         lambda f: set_config(f, model_type="llama4_text", layer_types=[LOCAL] * 3),
         f"layer_types has {LOCAL}",
     ),
-    "parallel": (
-        lambda f: set_config(f, model_type="stablelm", use_parallel_residual=True),
-        "use_parallel_residual=True is not",
+    "heads without a name in the file": (
+        lambda f: set_config(f, model_type="stablelm", qk_layernorm=True),
+        "lacks the tensor model.layers.0.self_attn.q_layernorm.norms.0.weight",
     ),
     "part of a head": (
         lambda f: set_config(f, model_type="stablelm", partial_rotary_factor=1.5),
@@ -235,8 +235,9 @@ def test_layers_that_no_file_holds_are_refused_at_once(make_theirs, tmp_path, ke
 @pytest.mark.parametrize(
     ("values", "bias", "expected"),
     [
-        ({"decoder_attention_heads": 2}, 0, "decoder_attention_heads=2 is not supported, only 4"),
-        ({"decoder_ffn_dim": 48}, 0, "decoder_ffn_dim=48 is not supported, only 40"),
+        ({"encoder_attention_heads": 5}, 0, "d_model=24 is not divisible by encoder_.*_heads=5"),
+        ({"decoder_attention_heads": 5}, 0, "decoder_attention_heads=5 does not divide d_model=24"),
+        ({"decoder_ffn_dim": 48}, 0, r"fc1.weight has the shape \(28, 24\), not \(48, 24\)"),
         (
             {"activation_function": "mish"},
             0,
@@ -285,17 +286,18 @@ def test_a_modernbert_of_another_kind_is_refused(make_theirs, tmp_path, values, 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"share_att_key": False}, "share_att_key=False is not supported, only True"),
-        ({"share_att_key": None}, "config.json has no share_att_key"),
+        (
+            {"share_att_key": None},
+            r"lacks the tensor deberta\S+.pos_key_proj.weight",
+        ),
         ({"position_biased_input": True}, "position_biased_input=True is not supported"),
-        ({"norm_rel_ebd": "none"}, "norm_rel_ebd=none is not supported, only layer_norm"),
-        ({"pos_att_type": ["c2p"]}, r"pos_att_type=\['c2p'\] is not supported, only c2p\|p2c"),
+        ({"norm_rel_ebd": "none"}, "has the tensor deberta.encoder.LayerNorm.bias and 1 more"),
+        ({"pos_att_type": []}, r"pos_att_type=\[\] is not supported, only c2p\|p2c"),
         ({"pos_att_type": "p2c|c2p|p2p"}, "is not supported, only c2p"),
-        ({"position_buckets": -1}, "position_buckets is not a number from 0"),
-        ({"position_buckets": 7}, "position_buckets=7 is odd"),
-        ({"position_buckets": 0}, "too few buckets or distances"),
+        ({"position_buckets": -1}, r"rel_embeddings.weight has the shape \(12, 32\), not \(40, 32"),
+        ({"position_buckets": 1}, "too few buckets or distances"),
         ({"position_buckets": 4}, r"rel_embeddings.weight has the shape \(12, 32\), not \(8, 32\)"),
-        ({"max_relative_positions": 5}, "too few buckets or distances"),
+        ({"max_relative_positions": 4}, "too few buckets or distances"),
         ({"conv_kernel_size": 3}, "conv_kernel_size=3 is not supported, only 0"),
         ({"embedding_size": 16}, "width=16 is not supported, only 32"),
         ({"type_vocab_size": 2}, "lacks the tensor deberta.embeddings.token_type_embeddings"),
@@ -368,7 +370,8 @@ def test_a_model_that_they_have_not_is_refused(values, expected, tmp_path):
 def test_a_generator_is_no_module_of_bert(tmp_path):
     replaced = {"embedding_norm": True, "norm_placement": "post", "token_types": 2}
     model = Encoder(TransformerConfig(**SIZES | replaced))
-    params = {"generator": {"logit_bias": {"bias": np.zeros(12)}}}
+    names = ("generator", "pooler", "sentence_head")  # DeBERTa lacks the last
+    params = {name: {"logit_bias": {"bias": np.zeros(12)}} for name in names}
     with pytest.raises(UserError, match="closest, bert, does not have a generator"):
         huggingface.save(model, params, tmp_path / "out")
 

@@ -42,6 +42,7 @@ KINDS = {
     "deep-decoder": WHISPER,
     "untied-relu": WHISPER
     | {"tie_word_embeddings": False, "activation_function": "relu", "decoder_layers": 1}
+    | {"encoder_attention_heads": 4, "encoder_ffn_dim": 17}
     | {"max_source_positions": 50, "num_mel_bins": 128, "scale_embedding": True},
 }
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -142,8 +143,8 @@ def test_export_of_an_import_is_what_was_imported(theirs, tmp_path):
 @pytest.mark.parametrize(
     ("file", "values", "expected"),
     [
-        ("config.json", {"decoder_attention_heads": 2}, "decoder_attention_heads=2 is not supp"),
-        ("config.json", {"decoder_ffn_dim": 48}, "decoder_ffn_dim=48 is not supported, only 40"),
+        ("config.json", {"encoder_attention_heads": 5}, "not divisible by encoder_attention_head"),
+        ("config.json", {"decoder_ffn_dim": 48}, r"fc1.weight has the shape \(40, 24\), not "),
         ("config.json", {"activation_function": "mish"}, "activation_function=mish is not supp"),
         ("config.json", {"max_source_positions": 12}, r"embed_positions.weight has the shape \(13"),
         (

@@ -12,7 +12,14 @@ STACKS = {
         "model__hyper_streams": 2,
         "model__value_residual": "learned",
     },
-    "dense prefix": {"model__n_layers": 3, "model__n_experts": 4, "model__dense_layers": 1},
+    "dense prefix, parallel": {
+        "model__n_layers": 3,
+        "model__n_experts": 4,
+        "model__dense_layers": 1,
+        "model__residual": "parallel",
+        "model__qk_norm": True,
+        "model__qk_norm_over": "each_head",
+    },
 }
 MESHES = {
     "fsdp=2,tensor=2": {"fsdp": 2, "tensor": 2},
