@@ -1,4 +1,4 @@
-"""Benchmark of the training step, the training loop and decoding on this machine.
+"""Benchmark the training step, the training loop and decoding on this machine.
 
     python scripts/bench.py [--json] [--sizes 10m 124m] [--dtypes float32 bfloat16]
                             [--nanodo CHECKOUT]

@@ -1,12 +1,13 @@
-"""Benchmark of tokenizing and batches on this machine, against other packages, in one run.
+"""Benchmark tokenization and batches on this machine against other packages.
 
     python scripts/bench_data.py --data DIR [--folder FOLDER] [--megabytes 200] [--sample 24]
                                  [--only encode store batches] [--json]
 
-DIR has gpt2_bpe/encoder.json and vocab.bpe, GPT-2's own files, and a model of 32,000 pieces,
-sentencepiece/mistral_v1.model. The corpus is created in FOLDER, identical in every run of the same
-Python installation: a document for each source file of the standard library and the installed
-packages, in a fixed random order, and one of generated text in many scripts after every ten.
+DIR has GPT-2's own files gpt2_bpe/encoder.json and gpt2_bpe/vocab.bpe, and a model of 32,000
+pieces, sentencepiece/mistral_v1.model. The corpus is created in FOLDER and is identical in every
+run with the same Python installation: one document for each source file of the standard library and
+the installed packages, in a fixed random order, and after every ten, one of generated text in many
+scripts.
 
 encode   tokens per second and core of `Tokenizer.encode_batch` on groups of documents as the store
          reads them, of `tokenizers` by document and in batches, of tiktoken, of

@@ -2,18 +2,18 @@
 
     python scripts/bench_serve.py --workdir RUN [--concurrency 1 8 32] [--rounds 3] [--json]
 
-RUN is a run of GPT-2; random weights suffice, and `experiments/gpt2.py` with one step makes them.
-It is exported to a Hugging Face folder, and three servers start: ours, that of transformers
-(`pip install "transformers[serving]"`), and the latter with `--continuous_batching`. In each round
-they get requests in turn, while the others idle; ours also with a seed in each request, whose
-replies are then bitwise the same whatever else is served. All run in float32, greedily, on all
-cores of this script (`taskset` is inherited); the client shares them, and its part
-of the time is reported. A first round compiles everything.
+RUN is a run of GPT-2; random weights suffice, for example from one step of `experiments/gpt2.py`.
+It is exported to a Hugging Face folder, and three servers start: lm's, that of transformers (`pip
+install "transformers[serving]"`), and the latter with `--continuous_batching`. In each round they
+are tested in turn, while the others idle. lm's server is also tested with a seed in each request,
+which makes replies bit-identical whatever else is served. All run in float32 and decode greedily,
+on all cores of this script (`taskset` is inherited). The client shares the cores, and its share of
+the time is reported. A first round compiles everything.
 
-Prompts have 16 to 384 tokens and replies 16 to 96: the same lengths in each round, but other texts,
-so that no round finds cached pages of the previous one. A request that ends early is an error.
-Figures are medians over the rounds: reply tokens per second, milliseconds to the first text and
-between texts (p50, p99), and our tokens per second divided by theirs.
+Prompts have 16 to 384 tokens and replies 16 to 96. Lengths are the same in each round but texts
+differ, so that no round finds cached pages of an earlier one. A request that ends early is an
+error. Figures are medians over the rounds: reply tokens per second, milliseconds to the first text
+and between texts (p50, p99), and the ratio of lm's tokens per second to the other servers'.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Measure stores of large corpora: memory and time of a build, start-up, and scaling.
+"""Measure token stores of large corpora: memory and time of a build, start-up, and scaling.
 
     python scripts/bench_store.py [--megabytes 200 2000] [--tokenizer byte] [--folder DIR] [--kill]
 
-creates a corpus of JSON lines of each size in a new folder in --folder, 25 MB per file, and prints
-for each
+For each size, it creates a corpus of JSON lines in a new folder in --folder, with 25 MB per file,
+and prints
     build     seconds and MB/s with one and with two processes, and their ratio
-    memory    largest resident size of any process, and of the main one
-    start     seconds to open an existing store, only in `open_dataset`
+    memory    peak resident memory of any process, and of the main one
+    start     seconds that `open_dataset` takes to open an existing store
 
-Each runs in separate processes, through `lm data build`. With --kill, instead, a build with two
-processes gets SIGKILL after half the time of a complete one, continues, and is started again:
-seconds, the largest process and the new shards in each. Exit code 1 if a finished shard
-is built again, or one differs from those of the complete build.
+Each measurement runs `lm data build` in separate processes. With --kill, a build with two processes
+instead gets SIGKILL after half of its usual time, is continued, and then started once more; it
+prints the seconds, the largest process and the new shards of each start. The exit code is 1 if a
+finished shard is built again, or if one differs from those of an undisturbed build.
 """
 
 import argparse

@@ -1,21 +1,22 @@
-"""Compare chat templates with `apply_chat_template` of transformers, on odd conversations.
+"""Compare chat templates with `apply_chat_template` of transformers, on unusual conversations.
 
     python scripts/check_chat_templates.py FOLDER
 
-FOLDER has NAME.jinja files, like `trl/chat_templates` in TRL's wheel. Each template gets two
-small tokenizers, byte-level BPE and BPE over "▁", with the tokens that it names. Compared are
+FOLDER has NAME.jinja files, like `trl/chat_templates` in TRL's wheel. Each template is tested with
+two small tokenizers, byte-level BPE and BPE over "▁", which have the tokens that it names. The
+script compares
 
-- ids, if no message contains the name of a special token;
-- ids with `reads_markers`, if messages contain such names; without it, that no message becomes a
-  special token, and that the text is unchanged;
+- ids of messages without names of special tokens;
+- ids of messages with such names: with `reads_markers`, they are those of transformers; without it,
+  they contain no special tokens and decode to the original text;
 - the assistant's spans: for NAME_training.jinja, with the mask that transformers computes from
-  `{% generation %}`; for NAME.jinja, which has no such marks, with that of NAME_training.jinja if
-  both give the same ids, except for white space after the end of a turn.
+  `{% generation %}`; for NAME.jinja, which has no such marks, with the mask of NAME_training.jinja
+  if both give the same ids, except for white space after the end of a turn.
 
-Conversations that a template refuses must be refused by both. Some templates in TRL 1.16
-mark more as the assistant's, "less than theirs" here: the header of a turn (DeepSeek, gpt-oss,
-Muse), or a beginning such as "<think>" that is already in the prompt. The mask of transformers
-loses a part of the last character if several tokens form it and the span ends there.
+Both libraries must reject the same conversations. Some templates in TRL 1.16 mark more text as the
+assistant's, reported as "less than theirs": the header of a turn (DeepSeek, gpt-oss, Muse), or a
+beginning such as "<think>" that is already in the prompt. The mask of transformers loses part of
+the last character if several tokens encode it and the span ends there.
 """
 
 from __future__ import annotations

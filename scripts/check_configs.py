@@ -1,11 +1,11 @@
-"""Damage configurations at random: each must pass all checks, or be refused in one line.
+"""Fuzz configurations: each must be valid, or be rejected with a one-line error.
 
     python scripts/check_configs.py [--n 1000] [--seed 0] [--devices 8]
 
-A configuration starts as the defaults, or as one of the objectives, and some of its values are
-replaced: other types, None, nothing, negative, huge or infinite numbers, NaN, tuples, unknown names
-and keys, keys and sections that are missing or have a wrong type. It prints tracebacks, messages of
-several lines, and accepted values that the schema does not allow; the exit code is then 1.
+A configuration starts as the defaults or as one of the objectives. Some of its values are then
+replaced by other types, None, empty, negative, huge or infinite numbers, NaN, tuples, or unknown
+names; keys and sections are added, removed, or get a wrong type. The script prints tracebacks,
+multi-line messages, and accepted values that the schema does not allow; the exit code is then 1.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Import random models of every Hugging Face family: `transformers`' numbers, or one line.
+"""Import random models of every Hugging Face family: equal to transformers, or one-line errors.
 
     python scripts/check_families.py [--cases 200] [--seed 0] [--workdir DIR] [--only NAME]
 
 Each case draws every field of a family's configuration class, a class with a head, random weights,
-a type of numbers, a number of files, and a spelling of config.json: fields at their defaults left
-out, RoPE in its older keys. `lm import` reads it; outputs and greedy tokens are compared with those
-of `transformers`, and so is what `lm export` writes, byte by byte. A line a case: equal, refused
-(with the line that the user sees), or WRONG; then the counts. Exit code 1 if a case is wrong.
+a dtype, a number of files, and a spelling of config.json (default values left out, RoPE under its
+older keys). `lm import` reads the folder. Outputs and greedy tokens are compared with those of
+`transformers`, and the output of `lm export` with the original, byte by byte. It prints one line
+per case: equal, refused (with the message that the user sees), or WRONG; then the counts. The exit
+code is 1 if a case is wrong.
 """
 
 # ruff: noqa: E402  JAX reads its variables when it is imported

@@ -2,9 +2,9 @@
 
     python scripts/check_families_train.py [--only REGEX] [--output TABLE.md] [--workdir DIR]
 
-Each variant of each experiment file is shrunk (`scripts/shrink.py`); of identical ones
-only one is tried. It trains 6 steps on a mesh of two devices, and again, ended by SIGKILL before
-the second checkpoint. The table that is printed and written has the columns:
+Each variant of each experiment file is shrunk (`scripts/shrink.py`), and identical ones are tried
+once. A variant trains for 6 steps on a mesh of two devices, and again with SIGKILL before the
+second checkpoint. The script prints and writes a table with the columns
 
     train   the losses are finite
     resume  the killed run, continued on its mesh, has bitwise the same losses and evaluations
@@ -13,8 +13,9 @@ the second checkpoint. The table that is printed and written has the columns:
     decode  `lm generate`, with a cache, writes the most likely tokens of the full forward pass
     export  after `lm export` and `lm import`, parameters and configuration are the same
 
-A dash: the model does not decode, or transformers has no such class. Exit code 1 if a cell
-has anything other than "yes" or a dash. A variant takes about half a minute of one core.
+A dash means that the model does not decode, or that transformers has no such class. The exit code
+is 1 if a cell has anything other than "yes" or a dash. A variant takes about half a minute on one
+core.
 """
 
 from __future__ import annotations

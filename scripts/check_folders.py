@@ -1,12 +1,12 @@
-"""Import hostile Hugging Face folders: used as in `transformers`, or refused in one line.
+"""Import damaged Hugging Face folders: they work as in transformers, or give a one-line error.
 
     python scripts/check_folders.py [--cases 200] [--seed 0] [--workdir DIR] [--only NAME]
 
 Small random models of every family, with every kind of vocabulary, are damaged in one place: a
 value in a JSON file, a file's bytes, a header, an index. `lm import`, `lm generate` and `lm export`
-read the result. Faults are a traceback, a crash, a minute without an end, an error of several
-lines, and ids or logits other than those of `transformers` if both accept the folder. Exit code 1
-if there are any; their folders are kept in --workdir.
+then read the folder. Faults are tracebacks, crashes, commands that take over a minute, multi-line
+errors, and ids or logits that differ from those of `transformers` if both accept the folder. If
+there are any, the exit code is 1 and their folders are kept in --workdir.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python scripts/check_gguf.py write FOLDER [NAME …]     # with lm's environment
     python scripts/check_gguf.py run FOLDER                # where llama-cpp-python is; without lm
 
-`write` creates small random models of each architecture, exports them, and writes the results of
-this library; with $LM_DATA_DIR also stories260K, a trained Llama with a SentencePiece tokenizer,
-and GPT-2's byte-level BPE. `run` reads the files with llama.cpp (pip install llama-cpp-python
-builds it with cmake) and exits with 1 if greedy tokens, token ids or logits differ.
+`write` creates small random models of each architecture, exports them, and saves this library's
+outputs. With $LM_DATA_DIR it also exports stories260K, a trained Llama with a SentencePiece
+tokenizer, and GPT-2's byte-level BPE. `run` reads the files with llama.cpp (pip install
+llama-cpp-python builds it with cmake) and exits with 1 if greedy tokens, token ids or logits
+differ.
 """
 
 from __future__ import annotations

@@ -2,16 +2,15 @@
 
     python scripts/check_gpu.py [--output check_gpu.json] [--minutes 8] [--dry-run]
 
-On the first GPU, in at most `--minutes`: values and gradients of each attention kernel that the GPU
-supports, and their time; training steps of GPT-2 1558m, Llama 3.2 1B with packed documents and a
-mixture of experts, each next to the bound that `lm plan` computes from the same compiled program;
-decoding.
-One line per check is printed, and all figures are in the output, which also names the parts that
-did not fit into the time. The exit code is 1 if a kernel is wrong or a part fails, and 2 without a
-GPU.
+On the first GPU, within `--minutes`, it checks values, gradients and times of each attention kernel
+that the GPU supports; training steps of GPT-2 1558m, of Llama 3.2 1B with packed documents and of a
+mixture of experts, compared with the bound that `lm plan` computes for the same program; and
+decoding. It prints one line per check. The output file has all figures and names the parts that
+were skipped for lack of time. The exit code is 1 if a kernel is wrong or a part fails, and 2
+without a GPU.
 
-With --dry-run the same code runs on this machine's CPU with tiny shapes, and the kernel that can be
-interpreted there; the times are meaningless.
+With --dry-run the same code runs on the CPU with tiny shapes, and with the kernels that can be
+interpreted there; the times are then meaningless.
 """
 
 from __future__ import annotations

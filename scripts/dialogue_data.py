@@ -1,15 +1,15 @@
-"""Files of the dialogue experiment (`scripts/reproduce.sh dialogue`).
+"""Make the files of the dialogue experiment (`scripts/reproduce.sh dialogue`).
 
     python scripts/dialogue_data.py excerpts OUT.jsonl
     python scripts/dialogue_data.py prompts ROWS.jsonl.gz N SEED OUT.jsonl [--without ROWS.jsonl.gz]
     python scripts/dialogue_data.py pairs ROWS.jsonl REPLIES.jsonl OUT.jsonl [--matched OUT.jsonl]
     python scripts/dialogue_data.py bits SCORES.jsonl
 
-`excerpts`: texts of the held-out files of the standard library, for `lm score`, to measure
-what fine-tuning forgets. `prompts`: random rows, each prompt once. `pairs`: preference
-pairs; the row's reference is chosen, a model's reply rejected. A pair is left out if both are equal
-except for white space, or the reply is blank. `--matched` writes those whose lengths in characters
-differ by at most a tenth, or by one. `bits`: bits per byte of scored texts.
+`excerpts` writes texts of the held-out files of the standard library for `lm score`, to measure
+what fine-tuning forgets. `prompts` draws random rows, each prompt once. `pairs` writes preference
+pairs, in which the reference is chosen and a model's reply rejected; it leaves out pairs that are
+equal except for white space, and blank replies. `--matched` also writes the pairs whose lengths in
+characters differ by at most a tenth or by one. `bits` computes the bits per byte of scored texts.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python scripts/learning_rate_width.py --workdir runs/rate_width --output FILE.png
 
-The workdir holds the two sweeps of experiments/sweeps/learning_rate_width.py, as `standard` and
-`mup`; missing runs are left out. Prints the best rate of each width.
+The workdir contains the two sweeps of experiments/sweeps/learning_rate_width.py, as `standard` and
+`mup`; missing runs are left out. It also prints the best rate of each width.
 """
 
 import argparse

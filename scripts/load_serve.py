@@ -1,12 +1,12 @@
-"""Load test of a running `lm serve`: many clients at once, some of them misbehaving.
+"""Load-test a running `lm serve` with many clients, some of which misbehave.
 
     lm serve --workdir runs/stdlib --port 8000 &
     python scripts/load_serve.py --url http://localhost:8000 --pid $! --clients 200 --seconds 60
 
-Clients send requests with seeds, abort, send bad JSON and prompts that are too long, read slowly,
-or are processes that are killed. Fails if the server answers with a status of 500 or above, a
-seeded reply differs from that of the idle server, or the memory (of process --pid) grows after the
-first third.
+Clients send requests with seeds, abort them, send bad JSON and prompts that are too long, read
+slowly, or are processes that get killed. The test fails if the server answers with a status of 500
+or above, if a seeded reply differs from that of the idle server, or if the memory of process --pid
+grows after the first third.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python scripts/plan_scaling.py
 
-With parameters sharded over all chips (FSDP), parameters and optimizer state should fall as 1/n;
-activations and gathered weights should stay constant, and so should the bytes of an all-gather or a
-reduction of the gradients, of which a chip sends (n - 1)/n (Rajbhandari et al. 2020, §7). The last
-line says whether the compiled programs agree. A size that was planned before is not planned again.
-Needs the extras "tpu" and "report".
+With parameters sharded over all chips (FSDP), the memory of parameters and optimizer state should
+fall as 1/n. Activations and gathered weights should stay constant, and so should the bytes of an
+all-gather or of the gradient reduction, of which a chip sends (n - 1)/n (Rajbhandari et al. 2020,
+§7). The last line says whether the compiled programs agree. A size is planned only once. Needs the
+extras "tpu" and "report".
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python scripts/plans.py [PATTERN …]
 
-Each plan is saved immediately as a line of experiments/results/plans/plans.jsonl: an interrupted
-run continues, and a configuration that was planned before is not planned again. Patterns such as
-'llama*' select FILE.py:VARIANT to plan; 'none' only writes the table. TPUs need the extra "tpu",
-GPUs "cuda12"; targets that cannot be planned here are reported and left out. A plan takes about a
+Each plan is immediately saved as a line of experiments/results/plans/plans.jsonl, so an interrupted
+run continues, and a configuration is planned only once. Patterns such as 'llama*' select the
+FILE.py:VARIANT to plan; 'none' only writes the table. TPUs need the extra "tpu", GPUs "cuda12";
+targets that cannot be planned on this machine are reported and left out. A plan takes about a
 minute on an idle core.
 """
 

@@ -1,16 +1,16 @@
-"""Test the rules of `lm corpus` on dirty data: plant faults, and count what each rule finds.
+"""Measure recall and precision of the rules of `lm corpus` on text with planted faults.
 
     LM_DATA_DIR=DATA python scripts/prove_corpus.py FOLDER [--workers N]
 
-$LM_DATA_DIR has wikitext2/, sentencepiece/botchan.txt, chinese/, multi30k/ and sst2/ (for their
-origin see experiments/RESULTS.md). Documents are paragraphs of WikiText-2, lines of botchan, poems
-and sentences in Chinese, and modules of the standard library. Planted faults are near and exact
-duplicates, personal data, sentences of test sets, German, and boilerplate. Each rule then runs
-alone on all documents. Recall is the fraction of its faults that it found. Precision is the
-fraction of such faults in what it removed; for duplicates, of removed documents that share 30 % of
-their 5-grams with another one, planted or not; for masks, of those outside the standard library,
-which contains real addresses. FOLDER/all has the card of all rules together. The table is that of
-experiments/RESULTS.md.
+$LM_DATA_DIR has wikitext2/, sentencepiece/botchan.txt, chinese/, multi30k/ and sst2/
+(experiments/RESULTS.md says where they are from). Documents are paragraphs of WikiText-2, lines of
+botchan, Chinese poems and sentences, and modules of the standard library. Planted faults are near
+and exact duplicates, personal data, sentences of test sets, German text, and boilerplate. Each rule
+then runs alone on all documents. Recall is the fraction of its planted faults that a rule finds.
+Precision is the fraction of what it removes that was planted; for duplicates, the fraction of
+removed documents that share 30 % of their 5-grams with another one; for masks, only outside the
+standard library, which contains real addresses. FOLDER/all has the card of all rules together. The
+table is in experiments/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Run a verb of lm, recording which files of lm/ its calls enter; used by `structure.py`.
+"""Run a command of lm and record which files of lm/ its calls enter; used by `structure.py`.
 
     python scripts/record_calls.py VERB FOLDER OPTION …    (lm is found on PYTHONPATH)
 
-The run is FOLDER/run. FOLDER/VERB.json gets "files" (of which a function ran), "modules" (all that
-were loaded at the end) and "threads": per thread, the main one first, its calls in order as
-(calling file, called file, whether an argument is the object that the scenario follows).
+The run is FOLDER/run. FOLDER/VERB.json gets "files" (those of which a function ran), "modules" (all
+that are loaded at the end) and "threads": for each thread, the main one first, its calls in order
+as (calling file, called file, whether an argument is the object that the scenario follows).
 
-`train` is recorded from the call of the experiment file's get_config until Orbax has returned from
-the first save, and followed is the configuration; other verbs are recorded whole, and followed are
-the run's folder (export) or the parsed arguments (generate).
+`train` is recorded from the call of the experiment file's get_config until Orbax returns from the
+first save, and the scenario follows the configuration. Other commands are recorded whole; the
+scenario follows the run's folder (export) or the parsed arguments (generate).
 """
 
 from __future__ import annotations

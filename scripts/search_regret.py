@@ -1,16 +1,16 @@
-"""Measure the regret of `lm plan --search`: its choice compared with the best compiled plan.
+"""Measure the regret of `lm plan --search`: the time of its choice relative to the best plan.
 
     python scripts/search_regret.py [CASE …] [--minutes 10] [--limits 4 8 24] [--workers 1]
 
 A case is a small model on a small TPU slice. Its candidates (meshes, remat, microbatches) are
-compiled, the most promising by the cost model first, then all others, until the minutes of the case
-are over; then the search is repeated over the compiled ones, with each limit. It prints the best
-bound on the time of a step, and how much slower the choice at each limit is. Plans that a search
-needs but that were not compiled before are compiled for it.
+compiled, the most promising by the cost model first, until the minutes of the case are over. The
+search then runs over the compiled candidates with each limit; plans that it needs and that are
+missing are compiled. The script prints the best bound on the step time, and how much slower the
+choice is at each limit.
 
-A compiler is stopped when it has optimized the program and assigned its memory: plans read no more
-than that, and machine code takes ten times as long. Plans are kept in .cache/search_regret.jsonl,
-by candidate and compiler versions; an interrupted script continues from there.
+Compilation stops once the program is optimized and its memory assigned: plans need no more, and
+generating machine code takes ten times as long. Plans are kept in .cache/search_regret.jsonl by
+candidate and compiler versions, so an interrupted script continues.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Race the optimizers of experiments/speedrun.py to a validation loss.
+"""Compare the optimizers of experiments/speedrun.py by their steps to a validation loss.
 
     python scripts/speedrun.py --output FILE.jsonl [--only VARIANT …] [--factors 1 0.5 2]
 
-Every variant runs at its rate times each factor with seed 0, then the best of them at their best
-rate with further seeds. FILE gets a line per run; runs that it already has are not repeated. The
-table of all runs in FILE is printed in Markdown at the end, or only that by --factors without a
-number. Processor seconds are those of steps, in all threads of this process together, without
-compilation and evaluations.
+Every variant runs at its learning rate times each factor with seed 0; then the best variants run at
+their best rate with further seeds. FILE gets one line per run, and runs that are already in it are
+not repeated. At the end, the script prints a Markdown table of all runs in FILE; with --factors and
+no number, it only prints the table. CPU seconds are those of training steps, over all threads of
+the process, without compilation and evaluation.
 """
 
 from __future__ import annotations

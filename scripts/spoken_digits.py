@@ -1,13 +1,14 @@
-"""Spoken digits: sequences of one to seven digits, spoken by espeak-ng in many voices, with noise.
+"""Make recordings of one to seven spoken digits with espeak-ng, in many voices and with noise.
 
     python scripts/spoken_digits.py OUT [--train N] [--validation N] [--test N] [--seed SEED]
 
-It needs the program espeak-ng (`apt install espeak-ng`) and the extra `audio`. A voice is an accent
-of English with a variant of the speaker (`espeak-ng --voices=variant`). Speakers of validation and
-test are never heard in training: whole families of variants are held out, such as steph, steph2 and
-steph3. Speed, pitch, loudness and noise are drawn for each sequence; recordings of training are
-also played faster or slower (Ko et al. 2015). Writes OUT/SPLIT/N.flac and
-OUT/SPLIT/metadata.csv, which the source audio:OUT/SPLIT reads; one_digit.csv has the rows of one.
+It needs the program espeak-ng (`apt install espeak-ng`) and the extra `audio`. A voice is an
+English accent with a speaker variant (`espeak-ng --voices=variant`). Validation and test use
+speakers that are not in the training data: whole families of variants are held out, such as steph,
+steph2 and steph3. Speed, pitch, loudness and noise are random for each sequence, and training
+recordings are also sped up or slowed down (Ko et al. 2015). The script writes OUT/SPLIT/N.flac and
+OUT/SPLIT/metadata.csv, which the source audio:OUT/SPLIT reads; one_digit.csv lists the recordings
+of a single digit.
 """
 
 from __future__ import annotations

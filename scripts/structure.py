@@ -1,22 +1,23 @@
-"""Measure the structure of lm/: imports, the trainer's path, calls between files, start-up time.
+"""Measure the structure of lm/: imports, trainer path, calls between files, start-up time.
 
     python scripts/structure.py imports|trainer-path|call-paths|startup [--checkout DIR] [--json]
 
-imports [--check]: files, lines, lines of code (not blank, comment or docstring), imports, cycles
-and imports upward by `FLOORS`. Lazy imports are inside functions; those for type checkers, and
-names of modules in strings, do not count. A folder is a dotted package, or a module at the top of
-lm/. "folders" counts pairs of the importing file's top-level folder and the imported file's folder,
-a folder with itself included; the columns after it count pairs of two folders. Siblings are files
-and folders of one folder, with what is in them.
+imports [--check]: files, lines, lines of code (not blank, comment or docstring), imports, import
+cycles, and imports upward by `FLOORS`. Lazy imports are those inside functions; imports for type
+checkers and module names in strings do not count. A folder is a dotted package, or a module at the
+top of lm/. "folders" counts pairs of the importing file's top-level folder and the imported file's
+folder, including pairs of the same folder; the columns after it count only pairs of two folders.
+Siblings are files and folders in the same folder, with their contents.
 
-trainer-path [--check]: files of which a function runs from the call of get_config until Orbax has
-returned from the first save, in a tiny run; and what is loaded by then that training does without.
+trainer-path [--check]: files of which a function runs from the call of get_config until Orbax
+returns from the first save, in a tiny run; and loaded modules that training does not need.
 
-call-paths: calls in their order, seen by `sys.setprofile`, a call from one place in the code once.
-An entry is a call into another file than the call before; a re-entry goes into a file entered
-before. Counted over all calls, and over those of which an argument, or an attribute of one, is the
-object: a ConfigDict, a path in the workdir, an argparse.Namespace. Training lasts as above; a batch
-is the calls of the thread that prepares batches. --json has the files in the order of entry.
+call-paths: calls in order, as seen by `sys.setprofile`, where a call from one place in the code
+counts once. An entry is a call into another file than the previous call; a re-entry is an entry
+into a file that was entered before. Both are counted over all calls, and over the calls with the
+object among their arguments or the arguments' attributes: a ConfigDict, a path in the workdir, an
+argparse.Namespace. Training is recorded as for trainer-path; a batch is the calls of the thread
+that prepares batches. --json lists the files in the order of entry.
 
 startup [--vs DIR]: median seconds of `lm --help`, `lm config`, and `lm train` to its first loss.
 
