@@ -19,15 +19,15 @@ from lm.tools.formatting import short
 
 HEADER = """# Published models
 
-Every variant that reproduces a published model. Written by
-`lm params --all --json | python scripts/papers.py`; what is expected, and what differs from the
-paper, is in the docstring of the file.
+Every variant that reproduces a published model. The docstring of the experiment file explains the
+expected result and what differs from the paper. Written by `lm params --all --json | python
+scripts/papers.py`.
 
-Parameters are counted from the model that is built; without embeddings means without the tables of
-tokens, positions and token types and without an untied output layer. Tokens are those of a whole
-run, source and target together. FLOPs are 6 N D with N the parameters without embeddings that a
-token passes through (of experts those it uses, of an encoder and a decoder its own), D the tokens:
-attention's products and the output layer are not in it. * Neither text nor recipe is published.
+Parameters are counted in the model that lm builds; "without embeddings" leaves out the embeddings
+of tokens, positions and token types and an untied output layer. Tokens are those of a whole run,
+source and target together. FLOPs are 6 N D, where D counts tokens and N the parameters without
+embeddings that a token passes through (the experts that it uses; the encoder or the decoder).
+They leave out the attention matmuls and the output layer. * Data and recipe are not published.
 
 """
 COLUMNS = (
@@ -36,7 +36,7 @@ COLUMNS = (
     ("parameters", "--:"),
     ("without embeddings", "--:"),
     ("paper's number", "--:"),
-    ("tokens a step", "--:"),
+    ("tokens per step", "--:"),
     ("tokens", "--:"),
     ("FLOPs", "--:"),
     ("expected", "---"),

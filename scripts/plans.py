@@ -59,19 +59,18 @@ PLANNED = (
 
 HEADER = """# Plans
 
-What `lm plan` says of every experiment of at most 10B parameters, on the first of these topologies
-on which it fits with its own batch, at most {tokens:,} tokens a device where the batch divides:
-{topologies}; and of some on other chips, or in as many microbatches as it says. Layers are in a
-loop.
+The output of `lm plan` for every experiment of at most 10B parameters, on the first of these
+topologies on which it fits with its own batch size, with at most {tokens:,} tokens per device if
+the batch is divisible: {topologies}; for some experiments also on other chips, or with the stated
+number of microbatches. Layers are in a loop.
 
-Written by `python scripts/plans.py`. Every figure is of one device and one step, by the compilers
-themselves ({compilers}) and the published rates of the chips; none was measured.
-The bound is the longest of compute, memory and network, each alone; a real step is slower. Compile
-times are by the clock, many of them beside other work: on a quiet core about a minute.
-Memory is the sum of arguments and temporaries in the compiler's analysis; on TPUs what lives at
-once is less, and `lm plan` says that too. Below an MFU of 40 % are narrow models, whose arrays are
-moved for few products each, and large ones at a paper's batch of few tokens a chip, bound by the
-network.
+Written by `python scripts/plans.py`. Figures are per device and step, computed by the compilers
+({compilers}) from the published rates of the chips; none was measured. The bound is the longest
+of compute, memory and network time; a real step is slower. Compile times are wall-clock times,
+many on a busy machine; a quiet core takes about a minute. Memory is the sum of arguments and
+temporaries in the compiler's analysis; on TPUs the peak is lower, and `lm plan` prints it too.
+Plans below an MFU of 40 % are of narrow models, which are bound by memory, or of large ones with
+a paper's batch of few tokens per chip, which are bound by the network.
 
 """
 COLUMNS = (
@@ -79,7 +78,7 @@ COLUMNS = (
     "parameters",
     "topology",
     "mesh",
-    "tokens a device",
+    "tokens per device",
     "memory",
     "FLOPs / model's",
     "attention",
