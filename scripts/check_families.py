@@ -228,13 +228,13 @@ FIELDS = {
     "relative_attention_num_buckets": lambda rng, v: 2 * rng.randint(2, 10),
     "relative_attention_max_distance": size(12, 40),
     "feed_forward_proj": one_of("relu", "gated-gelu", "gated-silu", "gelu", "gelu_new", "silu"),
-    "position_buckets": lambda rng, v: 2 * rng.randint(2, 8),
-    "relative_attention": mostly(True, False),
+    "position_buckets": lambda rng, v: rng.choice([-1, rng.randint(4, 16)]),
+    "relative_attention": one_of(True, True, False),
     "max_relative_positions": one_of(-1, 9, 30),
-    "norm_rel_ebd": mostly("layer_norm", "none"),
-    "share_att_key": mostly(True, False),
-    "pos_att_type": mostly("p2c|c2p", ["c2p", "p2c"], "c2p", part=0.5),
-    "position_biased_input": mostly(False, True),
+    "norm_rel_ebd": one_of("layer_norm", "none"),
+    "share_att_key": one_of(True, False),
+    "pos_att_type": one_of("p2c|c2p", ["c2p", "p2c"], "c2p", ["p2c"]),
+    "position_biased_input": lambda rng, v: not v["relative_attention"] and rng.random() < 0.8,
     "pooler_hidden_act": mostly("gelu", "tanh", "relu", part=0.6),
     "conv_kernel_size": mostly(0, 3),
     "local_attention": lambda rng, v: 2 * rng.randint(1, 12),
@@ -283,7 +283,8 @@ SILENT = {
 }
 BERT_ACTIVATION = {"hidden_act": one_of("gelu", "gelu_new", "relu", "silu")}
 ROTATED_PART = {"partial_rotary_factor": FIELDS["partial_rotary_factor"]}
-DEEPSEEK = {"num_key_value_heads": lambda rng, v: v["num_attention_heads"], "head_dim": None}
+DEEPSEEK = {"head_dim": None}
+DEEPSEEK["num_key_value_heads"] = lambda rng, v: rng.choice([v["num_attention_heads"], 128])
 # Fields by family that are drawn otherwise, or that the class does not declare; None: left out.
 OF_FAMILY = {
     "gemma": {"hidden_act": FIELDS["hidden_activation"]},

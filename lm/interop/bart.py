@@ -1,13 +1,16 @@
-"""BART (Lewis et al. 2020), with the output layer or the heads of its classes for tasks.
+"""BART (Lewis et al. 2020), with the output layer or the heads of its classes for tasks, and mBART.
 
 Encoder and decoder have separate position tables, whose rows 0 and 1 are unused, and embedding
 norms. The tensors of a file determine whether the output is tied: `tie_word_embeddings` in
 config.json would also untie the encoder's tokens from the decoder's. The bias of the logits, which
 the class stores as a buffer, is zero in the released files; other values are refused. For tasks the
-decoder reads the text after its own end.
+decoder reads the text after its own end. mBART (Liu et al. 2020) normalizes the inputs of sublayers
+and the output of a stack.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -172,4 +175,20 @@ BART = Family(
     in_file=["tie_embeddings"],
     constants={"final_logits_bias": lambda c: np.zeros((1, c.vocab_size), np.float32)},
     objective="denoising",
+)
+
+
+def _mbart_base(config: TransformerConfig) -> list[TensorMapping]:
+    stacks = ("encoder", "decoder")
+    finals = [norm_mappings(f"model.{stack}.layer_norm", f"{stack}/final_norm") for stack in stacks]
+    return [*_base(config), *(row for rows in finals for row in rows)]
+
+
+MBART = replace(
+    BART,
+    model_type="mbart",
+    classes={frozenset(): "MBartForConditionalGeneration"},
+    heads={},
+    base=_mbart_base,
+    fixed={**BART.fixed, "norm_placement": "pre", "pooling": "family"},
 )

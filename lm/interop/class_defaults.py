@@ -24,6 +24,22 @@ _BERT: Defaults = {
     "layer_norm_eps": 1e-12,
     "tie_word_embeddings": True,
 }
+_BART: Defaults = {
+    "vocab_size": 50265,
+    "max_position_embeddings": 1024,
+    "encoder_layers": 12,
+    "encoder_ffn_dim": 4096,
+    "encoder_attention_heads": 16,
+    "decoder_layers": 12,
+    "decoder_ffn_dim": 4096,
+    "decoder_attention_heads": 16,
+    "activation_function": "gelu",
+    "d_model": 1024,
+    "dropout": 0.1,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "scale_embedding": False,
+}
 _T5: Defaults = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -72,6 +88,8 @@ _QWEN_MOE: Defaults = _QWEN2 | {
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.001,
 }
+_GRANITE: Defaults = _LLAMA | {"embedding_multiplier": 1.0, "logits_scaling": 1.0}
+_GRANITE |= {"residual_multiplier": 1.0, "attention_multiplier": 1.0}
 _OLMO: Defaults = _LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 _GEMMA: Defaults = {
     "vocab_size": 256000,
@@ -159,22 +177,8 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
     | {"num_attention_heads": 24, "intermediate_size": 6144, "type_vocab_size": 0}
     | {"layer_norm_eps": 1e-7, "relative_attention": False, "position_biased_input": True}
     | {"max_relative_positions": -1, "pooler_hidden_act": "gelu"},
-    "bart": {
-        "vocab_size": 50265,
-        "max_position_embeddings": 1024,
-        "encoder_layers": 12,
-        "encoder_ffn_dim": 4096,
-        "encoder_attention_heads": 16,
-        "decoder_layers": 12,
-        "decoder_ffn_dim": 4096,
-        "decoder_attention_heads": 16,
-        "activation_function": "gelu",
-        "d_model": 1024,
-        "dropout": 0.1,
-        "attention_dropout": 0.0,
-        "activation_dropout": 0.0,
-        "scale_embedding": False,
-    },
+    "bart": _BART,
+    "mbart": _BART,
     "whisper": {
         "vocab_size": 51865,
         "num_mel_bins": 80,
@@ -281,9 +285,9 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
     | {"vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36}
     | {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 32768}
     | {"use_sliding_window": False, "no_rope_layer_interval": 4, "tie_word_embeddings": True},
-    "granite": _LLAMA
-    | {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
-    | {"attention_multiplier": 1.0},
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE
+    | {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
     "phi3": _LLAMA
     | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192}
     | {"resid_pdrop": 0.0, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
@@ -331,7 +335,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
         "num_hidden_layers": "n_layer",
     },
     **dict.fromkeys(("t5", "mt5", "umt5"), _OF_T5),
-    **dict.fromkeys(("bart", "whisper"), _OF_BART),
+    **dict.fromkeys(("bart", "mbart", "whisper"), _OF_BART),
     **dict.fromkeys(("mixtral", "gpt_oss"), _EXPERTS),
     "deepseek_v2": {"num_experts": "n_routed_experts"},
     "deepseek_v3": {"num_local_experts": "n_routed_experts"},

@@ -276,7 +276,10 @@ def read_layer_rope(
     if GLOBAL not in types:
         return near
     if near["rope_scaling"] != "none":
-        raise UnsupportedConfig("config.json: scaled rotary wavelengths of local layers")
+        raise UnsupportedConfig(
+            f"config.json: rope_parameters of {LOCAL} layers have another rope_type than default, "
+            "which is not supported unless all layers have it"
+        )
     return far | {"rope_theta_local": near["rope_theta"]}
 
 

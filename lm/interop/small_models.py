@@ -1,18 +1,19 @@
 """Families that differ from Llama in a few settings: SmolLM3, Granite, Phi-3 and StableLM.
 
-SmolLM3 (Hugging Face 2025) has no positions in every fourth layer, Granite (IBM 2024)
-multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024) store queries,
-keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of each head and
-uses LayerNorm; its 12B has parallel sublayers and normalized heads.
+SmolLM3 (Hugging Face 2025) has no positions in every fourth layer, Granite (IBM 2024), which may
+have experts, multiplies embeddings, sublayers, scores and logits, Phi-3 and Phi-4 (Microsoft 2024)
+store queries, keys and values in one tensor, and StableLM (Stability AI 2024) rotates a quarter of
+each head and uses LayerNorm; its 12B has parallel sublayers and normalized heads.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lm.interop.family import UnsupportedConfig, Values, positive_number
+from lm.interop.family import UnsupportedConfig, Values, positive_number, read_size
 from lm.interop.llama import (
     ATTENTION,
+    FEED_FORWARD,
     GLOBAL,
     LOCAL,
     MLP,
@@ -35,9 +36,11 @@ from lm.interop.llama import (
     write_one_window,
     write_rope,
 )
-from lm.interop.tensor_mapping import same_layout
+from lm.interop.tensor_mapping import TensorMapping, linear_mappings, same_layout
+from lm.models.moe import expert_width
 from lm.models.transformer_config import TransformerConfig
 
+_MIXTURE = "model.layers.{}.block_sparse_moe"
 _NO_PADDING = {"pad_token_id": None}  # the published default may be beyond the table
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_multiplier",
@@ -92,6 +95,26 @@ def _write_granite(config: TransformerConfig) -> Values:
     factors = {name: getattr(config, field) for name, field in _MULTIPLIERS.items()}
     factors["attention_multiplier"] = config.score_scale
     return write_decoder(config) | _write_biases(config) | factors
+
+
+def _read_granite_moe(hf: Values) -> Values:
+    return _read_granite(hf) | {
+        "n_experts": read_size(hf, "num_local_experts"),
+        "experts_per_token": read_size(hf, "num_experts_per_tok"),
+        "balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "bias": False,
+    }
+
+
+def _write_granite_moe(config: TransformerConfig) -> Values:
+    written = _write_granite(config) | {
+        "intermediate_size": expert_width(config),
+        "num_local_experts": config.n_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "router_aux_loss_coef": config.balance_loss,
+    }
+    del written["mlp_bias"]
+    return written
 
 
 def _read_phi3(hf: Values) -> Values:
@@ -161,6 +184,29 @@ SMOLLM3 = decoder(
     "smollm3", "SmolLM3", _read_smollm3, _write_smollm3, heads=TASKS, spans_prefix=OLD_PREFIX
 )
 GRANITE = decoder("granite", "Granite", _read_granite, _write_granite, heads=())
+GRANITE_MOE = decoder(
+    "granitemoe",
+    "GraniteMoe",
+    _read_granite_moe,
+    _write_granite_moe,
+    heads=(),
+    expert_weights="normalized",
+    feed_forward=[
+        *linear_mappings(f"{_MIXTURE}.router.layer", f"{FEED_FORWARD}/router"),
+        TensorMapping(
+            f"{_MIXTURE}.input_linear.weight",
+            tuple(f"{FEED_FORWARD}/experts/{part}/kernel" for part in ("gate", "in")),
+            "E (P F) D",
+            "E D F",
+        ),
+        TensorMapping(
+            f"{_MIXTURE}.output_linear.weight",
+            (f"{FEED_FORWARD}/experts/out/kernel",),
+            "E D F",
+            "E F D",
+        ),
+    ],
+)
 PHI3 = replace(
     decoder("phi3", "Phi3", _read_phi3, _write_phi3, heads=TAGGER, attention_bias="none"),
     fused={

@@ -350,6 +350,10 @@ DECODERS |= {
         "GraniteForCausalLM",
         GRANITE | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
+    "granite-moe": (
+        "GraniteMoeForCausalLM",
+        GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 3, "attention_bias": True},
+    ),
     "phi3-window": ("Phi3ForCausalLM", PHI3 | {"sliding_window": 5}),
     "phi3-partial-longrope": (
         "Phi3ForCausalLM",
@@ -466,6 +470,7 @@ ENCODER_DECODERS = {
         | {"untied": True, "scale_embedding": True, "activation_function": "relu"}
         | {"encoder_layers": 3, "decoder_layers": 1, "d_model": 32},
     ),
+    "mbart": ("MBartForConditionalGeneration", BART | {"scale_embedding": True}),
     "mt5-tied": ("MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
 }
 # There of the longest text in a batch.
