@@ -28,7 +28,10 @@ sst2-minilm)
         --config.data.tokenizer="run:$runs/minilm"
     lm eval --workdir "$runs/$name" --best --task
     ;;
-geo880) train geo880.py && score ;;
+geo880)
+    python "$(dirname "$0")/recombine.py" "$LM_DATA_DIR/geo880/train.txt" "$LM_DATA_DIR/geo880_recombined"
+    train geo880.py && score --average 5
+    ;;
 spoken-digits) # needs espeak-ng
     [ -e "$LM_DATA_DIR/spoken_digits" ] ||
         python "$(dirname "$0")/spoken_digits.py" "$LM_DATA_DIR/spoken_digits"

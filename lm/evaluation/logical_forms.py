@@ -19,6 +19,7 @@ from lm.evaluation.scores import alternatives
 
 BINDERS = frozenset(("lambda", "exists", "argmax", "argmin", "max", "min", "count", "sum", "the"))
 UNORDERED = frozenset(("and", "or"))
+BOUND = "$"  # where a binder without names binds its variable
 
 Form = Any  # a word, or a tuple of forms
 
@@ -63,10 +64,13 @@ def parse_form(text: str) -> Form:
     return forms[0] if len(forms) == 1 else tuple(forms)
 
 
-def canonical_form(form: Form, bound: tuple[str, ...] = ()) -> Form:
-    """Return a form with the arguments of `and` and `or` sorted and distinct, without names.
+def canonical_form(form: Form) -> Form:
+    """Return a form without names, with the arguments of `and` and `or` sorted and distinct."""
+    return _sorted(without_names(form))
 
-    A bound variable is the number of binders between its own and itself (de Bruijn 1972).
+
+def without_names(form: Form, bound: tuple[str, ...] = ()) -> Form:
+    """Return a form with bound variables as numbers, 0 for the innermost (de Bruijn 1972).
 
     Args:
         form: parsed form.
@@ -74,15 +78,22 @@ def canonical_form(form: Form, bound: tuple[str, ...] = ()) -> Form:
     """
     if isinstance(form, str):
         return bound.index(form) if form in bound else form
-    if is_binder(form):
-        bound, form = (form[1], *bound), (form[0], *form[2:])
-    operator, arguments = form[:1], [canonical_form(part, bound) for part in form[1:]]
-    if operator and operator[0] in UNORDERED:
-        arguments = sorted(set(arguments), key=repr)
-    return (*(canonical_form(part, bound) for part in operator), *arguments)
+    if not is_binder(form):
+        return tuple(without_names(part, bound) for part in form)
+    inside = (form[1], *bound)
+    return (form[0], BOUND, *(without_names(part, inside) for part in form[2:]))
 
 
 def is_binder(form: Form) -> bool:
     """Return whether a form, such as ( argmax $0 … ), binds the variable after its operator."""
     starts = isinstance(form, tuple) and len(form) > 1 and form[0] in BINDERS
     return starts and isinstance(form[1], str) and form[1].startswith("$")
+
+
+def _sorted(form: Form) -> Form:
+    if not isinstance(form, tuple):
+        return form
+    operator, arguments = form[:1], [_sorted(part) for part in form[1:]]
+    if operator and operator[0] in UNORDERED:
+        arguments = sorted(set(arguments), key=repr)
+    return (*map(_sorted, operator), *arguments)
