@@ -72,7 +72,7 @@ MODELS = {
 PAIRED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dpo": ({"beta": 0.3}, {"beta": 0.3, "loss_type": ["sigmoid"]}),
     "dpo mean": (
-        {"beta": 0.3, "loss_normalisation": "mean"},
+        {"beta": 0.3, "loss_normalization": "mean"},
         {"beta": 0.3, "loss_type": ["sigmoid_norm"]},
     ),
     "ipo": ({"beta": 0.5}, {"beta": 0.5, "loss_type": ["ipo"]}),

@@ -11,7 +11,7 @@ CACHE = Path(__file__).parents[1] / ".cache" / "xla"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-# Models this small run as fast without optimisation and compile in half the time.
+# Models this small run as fast without optimization and compile in half the time.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
@@ -71,7 +71,7 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def labelled_file(tmp_path_factory):
+def labeled_file(tmp_path_factory):
     """Forty-eight rows of text and label; one word tells whether a text is good or bad."""
     fillers = ["this", "film", "was", "very", "long"]
     rows = (
@@ -81,7 +81,7 @@ def labelled_file(tmp_path_factory):
         + f"\t{'bad' if i % 3 else 'good'}"
         for i in range(48)
     )
-    path = tmp_path_factory.mktemp("labelled") / "films.tsv"
+    path = tmp_path_factory.mktemp("labeled") / "films.tsv"
     path.write_text("text\tlabel\n" + "".join(f"{row}\n" for row in rows))
     return path
 
@@ -219,7 +219,7 @@ def get_config():
 @pytest.fixture
 def make_kind(
     text_file,
-    labelled_file,
+    labeled_file,
     parallel_files,
     spoken_file,
     squad_file,
@@ -234,7 +234,7 @@ def make_kind(
     records = {
         "seq2seq": "parallel:{}|{}".format(*parallel_files),
         "transcription": f"audio:{spoken_file}",
-        "classification": f"tsv:{labelled_file}",
+        "classification": f"tsv:{labeled_file}",
         "span_qa": f"squad:{squad_file}",
         "token_classification": f"conll:{tagged_file}",
         "chat": f"jsonl:{chat_file}",

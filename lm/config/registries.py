@@ -314,7 +314,7 @@ class PreferenceOptions:
     beta: float = option(
         0.1, "Preferences: beta, the strength of the penalty or scale of rewards.", low=1e-6
     )
-    loss_normalisation: str = option(
+    loss_normalization: str = option(
         "auto",
         "Preferences: sum or mean over the token log-probabilities of a completion; auto: the sum "
         "for dpo and kto, the mean for ipo, orpo and simpo.",
@@ -779,9 +779,9 @@ SAFETY_SETS = Registry(
     {
         "crows_pairs": Entry(f"{_SAFETY}.bias:CrowsPairs", CrowsPairsOptions),
         "winobias": Entry(f"{_SAFETY}.bias:WinoBias", WinoBiasOptions),
-        "canaries": Entry(f"{_SAFETY}.memorisation:Canaries", CanaryOptions),
+        "canaries": Entry(f"{_SAFETY}.memorization:Canaries", CanaryOptions),
         "extraction": Entry(
-            f"{_SAFETY}.memorisation:Extraction",
+            f"{_SAFETY}.memorization:Extraction",
             ExtractionOptions,
             shared_with=("samples", "quality"),
         ),

@@ -154,7 +154,7 @@ class RecordStore:
         """Return each record's number of tokens, or of frames, in a column, int64 [n]."""
         return np.diff(self.arrays[f"{column}.offsets"])[self.rows]
 
-    def n_learnt(self, column: str) -> np.ndarray:
+    def n_targets(self, column: str) -> np.ndarray:
         """Return the number of learned tokens in each conversation, int64 [n]."""
         spans = self.arrays[f"{column}.turns"].reshape(-1, 3)
         before = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0])])

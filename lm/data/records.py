@@ -40,7 +40,7 @@ KINDS: dict[str, str] = {
     "audio": "lm.data.audio.recordings:Recordings",
     "messages": "lm.data.chat.conversations:Conversations",
     "chosen": "lm.data.chat.preference_rows:PairRecords",
-    "completion": "lm.data.chat.preference_rows:LabelledRecords",
+    "completion": "lm.data.chat.preference_rows:LabeledRecords",
 }
 
 Fields = dict[str, Any]

@@ -144,7 +144,7 @@ def _of_turns(store: RecordStore) -> dict[str, int]:
     if not manifest.turns:
         return {}
     return {
-        "tokens learnt": sum(int(store.n_learnt(column).sum()) for column in manifest.turns),
+        "target tokens": sum(int(store.n_targets(column).sum()) for column in manifest.turns),
         "records cut": manifest.n_cut,
         "records dropped": manifest.n_dropped,
         "tokens lost": manifest.n_lost,

@@ -49,7 +49,7 @@ _BATCH, _MULTIPLE = 16, 32
 
 
 @dataclass(frozen=True)
-class LabelledSpan:
+class LabeledSpan:
     """Text or word whose mean state is classified.
 
     Attributes:
@@ -66,11 +66,11 @@ class LabelledSpan:
 
 
 @dataclass(frozen=True)
-class LabelledRow:
-    """Input token ids of a row, with its labelled spans."""
+class LabeledRow:
+    """Input token ids of a row, with its labeled spans."""
 
     ids: list[int]
-    spans: list[LabelledSpan]
+    spans: list[LabeledSpan]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _scikit_learn(module: str) -> Any:
 
 
 def _control_labels(
-    spans: Sequence[Sequence[LabelledSpan]], labels: np.ndarray, seed: int
+    spans: Sequence[Sequence[LabeledSpan]], labels: np.ndarray, seed: int
 ) -> list[np.ndarray]:
     """Return control labels: random per word type, with the frequencies of `labels`."""
     words = sorted({span.word for part in spans for span in part})
@@ -191,7 +191,7 @@ def _control_labels(
     return [np.array([of_word[span.word] for span in part]) for part in spans]
 
 
-def _at_most(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
+def _at_most(rows: Sequence[LabeledRow]) -> list[LabeledRow]:
     """Return evenly spaced rows with at most `MOST_SPANS` spans."""
     n = sum(len(row.spans) for row in rows)
     every = -(-n // MOST_SPANS)
@@ -201,7 +201,7 @@ def _at_most(rows: Sequence[LabelledRow]) -> list[LabelledRow]:
 # --- records to rows
 
 
-def _read_rows(experiment: Experiment, source: str) -> list[LabelledRow]:
+def _read_rows(experiment: Experiment, source: str) -> list[LabeledRow]:
     data, tokenizer = experiment.config.data, experiment.tokenizer
     assert tokenizer is not None
     (records,) = open_sources([source], data, "train", columns=("text", "label"))
@@ -227,7 +227,7 @@ def _find_labels(records: Records) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> LabelledRow:
+def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> LabeledRow:
     """Convert a record to the model's input, truncated to its context."""
     require_text_input(experiment.model, "lm probe")
     raw, special = record.raw, special_tokens(tokenizer)
@@ -249,8 +249,8 @@ def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> Labell
     check_ids([ids], experiment.model)
     if column == "text":
         words = re.findall(r"\w+", raw["text"]) or [raw["text"]]
-        span = LabelledSpan(first, first + len(tokens), raw["label"], words[-1].lower())
-        return LabelledRow(ids, [span] if tokens else [])
+        span = LabeledSpan(first, first + len(tokens), raw["label"], words[-1].lower())
+        return LabeledRow(ids, [span] if tokens else [])
     assert record.starts is not None
     words, tags = split_words(raw["words"]), split_words(raw["tags"])
     numbers = record.starts[: len(tokens)]
@@ -258,15 +258,15 @@ def _row(experiment: Experiment, tokenizer: Tokenizer, record: Record) -> Labell
     for number, (word, tag) in enumerate(zip(words, tags, strict=True)):
         places = np.flatnonzero(numbers == number)
         if len(places):
-            spans.append(LabelledSpan(first + places[0], first + places[-1] + 1, tag, word.lower()))
-    return LabelledRow(ids, spans)
+            spans.append(LabeledSpan(first + places[0], first + places[-1] + 1, tag, word.lower()))
+    return LabeledRow(ids, spans)
 
 
 # --- rows to states
 
 
 def _states(
-    experiment: Experiment, params: Params, rows: Sequence[LabelledRow], name: str
+    experiment: Experiment, params: Params, rows: Sequence[LabeledRow], name: str
 ) -> list[np.ndarray]:
     """Return the mean states of all spans: for each layer [spans, D]."""
     variables, found = as_variables(params), []
@@ -285,7 +285,7 @@ def _states(
 
 
 def _batch_states(
-    model: nn.Module, variables: Any, rows: Sequence[LabelledRow]
+    model: nn.Module, variables: Any, rows: Sequence[LabeledRow]
 ) -> Iterator[list[np.ndarray]]:
     """Yield the span states of each row: for each layer [M, D]."""
     filled = [*rows, *[rows[-1]] * (_BATCH - len(rows))]

@@ -1,7 +1,7 @@
 """Export of a run as a GGUF file, for llama.cpp and programs built on it.
 
 Tensors are those of the Hugging Face export, with the names of the package `gguf`. llama.cpp
-rotates neighbouring dimensions of a head in Llama's architecture, so query and key projections
+rotates neighboring dimensions of a head in Llama's architecture, so query and key projections
 are permuted. It adds nothing to the scales of Gemma's norms, and expects linear layers [out, in].
 """
 

@@ -2,7 +2,7 @@
 
 Three of four layers attend within chunks and normalize what RoPE rotates; each fourth attends to
 the whole text and has no positions. Routers weight the inputs of experts. In files, RoPE rotates
-neighbouring dimensions of a head, here its halves: queries and keys are permuted.
+neighboring dimensions of a head, here its halves: queries and keys are permuted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _FEED_FORWARD = [
 
 
 def _rotated(name: str, path: str) -> list[TensorMapping]:
-    """Map queries or keys, permuting neighbouring dimensions of each head to halves."""
+    """Map queries or keys, permuting neighboring dimensions of each head to halves."""
     return [
         TensorMapping(f"{name}.weight", (f"{path}/kernel",), "(H K 2) D", "D H (2 K)"),
         TensorMapping(f"{name}.bias", (f"{path}/bias",), "(H K 2)", "H (2 K)"),

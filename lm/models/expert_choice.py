@@ -79,7 +79,7 @@ def choose_experts(
 def in_best_groups(config: ExpertsConfig, scores_BLE: jax.Array) -> jax.Array:
     """Return whether each expert belongs to one of a token's groups, [B, L, E] bool.
 
-    Groups consist of neighbouring experts. The group with the largest sum of its
+    Groups consist of neighboring experts. The group with the largest sum of its
     `expert_group_best` largest scores comes first (DeepSeek-V2 2024, §2.2.2: 1; DeepSeek-V3 2024,
     released code: 2).
     """

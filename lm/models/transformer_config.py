@@ -36,7 +36,7 @@ class LayerType:
         mixer: name of the token mixer (`lm/models/attention.py`).
         is_local: attends within the window. Layers that differ only in this share one scan, which
             receives it as an array.
-        scannable: has the same parameter shapes as its neighbours; other layers are unrolled.
+        scannable: has the same parameter shapes as its neighbors; other layers are unrolled.
         group: layers of different groups never share a scan.
         raw_input: sublayers that get their input without a norm of their own.
     """

@@ -158,20 +158,20 @@ class PreferenceKind(NamedTuple):
     Attributes:
         loss: loss of each pair.
         has_reference: whether it uses a frozen reference.
-        normalisation: how token log-probabilities are reduced, "sum" or "mean".
+        normalization: how token log-probabilities are reduced, "sum" or "mean".
     """
 
     loss: Loss
     has_reference: bool
-    normalisation: str
+    normalization: str
 
 
 PREFERENCES: Mapping[str, PreferenceKind] = {
-    "dpo": PreferenceKind(dpo, has_reference=True, normalisation="sum"),
-    "ipo": PreferenceKind(ipo, has_reference=True, normalisation="mean"),
-    "kto": PreferenceKind(kto, has_reference=True, normalisation="sum"),
-    "orpo": PreferenceKind(orpo, has_reference=False, normalisation="mean"),
-    "simpo": PreferenceKind(simpo, has_reference=False, normalisation="mean"),
+    "dpo": PreferenceKind(dpo, has_reference=True, normalization="sum"),
+    "ipo": PreferenceKind(ipo, has_reference=True, normalization="mean"),
+    "kto": PreferenceKind(kto, has_reference=True, normalization="sum"),
+    "orpo": PreferenceKind(orpo, has_reference=False, normalization="mean"),
+    "simpo": PreferenceKind(simpo, has_reference=False, normalization="mean"),
 }
 
 
@@ -350,8 +350,8 @@ class Preferences(Objective[RecordStore, Example]):
             sums: summed log-probabilities of completions.
             lengths_BP: completion lengths in tokens.
         """
-        asked = self.options.loss_normalisation
-        means = (self.kind.normalisation if asked == "auto" else asked) == "mean"
+        asked = self.options.loss_normalization
+        means = (self.kind.normalization if asked == "auto" else asked) == "mean"
         scores = sums.divided_by(jnp.maximum(lengths_BP, 1)) if means else sums
         loss_B = self.kind.loss(scores, self.options)
         # As in TRL, rewards are sums; without a reference, they are the compared values.

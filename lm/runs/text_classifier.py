@@ -1,6 +1,6 @@
 """Text classifiers trained as runs of this project, for corpora, safety sets and guards.
 
-A toxicity or quality filter is trained by `lm train` on labelled texts and given by its workdir.
+A toxicity or quality filter is trained by `lm train` on labeled texts and given by its workdir.
 """
 
 from __future__ import annotations

@@ -55,18 +55,18 @@ def write(tmp_path):
     return write
 
 
-def learnt(record):
+def learned(record):
     tokens = record.tokens["messages"]
     return [BYTES.decode(tokens[start:end]) for start, end, _ in record.turns["messages"]]
 
 
-def test_the_tokens_are_those_of_the_template_and_the_assistant_is_learnt(build, write):
+def test_the_tokens_are_those_of_the_template_and_the_assistant_is_target_message(build, write):
     (record,) = build(write({"messages": TALK, "tools": [TOOL]}))
     expected = TEMPLATE.encode(TALK, [TOOL])
     np.testing.assert_array_equal(record.tokens["messages"], expected.ids)
     assert record.raw == {"messages": TALK, "tools": [TOOL]}
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
-    assert learnt(record) == [f"{text}{END}" for text in (call, "12 °C, Ünïcode 😀", "No.")]
+    assert learned(record) == [f"{text}{END}" for text in (call, "12 °C, Ünïcode 😀", "No.")]
     assert record.turns["messages"][:, 2].tolist() == [2, 4, 6]
 
 
@@ -96,7 +96,7 @@ def test_rows_of_every_form_and_source_are_read(build, write, tmp_path, make_dat
         record.tokens["messages"].tolist() == found[0].tokens["messages"].tolist()
         for record in found
     )
-    assert {tuple(learnt(record)) for record in found} == {(f"Hello{END}",)}
+    assert {tuple(learned(record)) for record in found} == {(f"Hello{END}",)}
 
 
 def test_a_conversation_is_cut_after_the_last_turn_that_fits(build, write, capsys):
@@ -139,17 +139,17 @@ def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, writ
         build(write({"messages": long}), length=100)
 
 
-def test_statistics_mark_what_is_learnt_and_count_what_was_lost(build, write):
+def test_statistics_mark_what_is_target_message_and_count_what_was_lost(build, write):
     row = {"messages": TALK[1:2] + TALK[4:]}
     whole = encode_messages(TEMPLATE, row["messages"], None)
     store = build(write(row, row), length=len(whole.ids) - 3)
     found = measure("train", store, BYTES, 1)
-    (end, _), learnt = whole.turns[:, 1], whole.turns[0, 1] - whole.turns[0, 0]
+    (end, _), learned = whole.turns[:, 1], whole.turns[0, 1] - whole.turns[0, 0]
     n_lost = whole.turns[1, 1] - whole.turns[1, 0]
     assert found.sizes == {
         "tokens": 2 * end,
         "records": 2,
-        "tokens learnt": 2 * learnt,
+        "target tokens": 2 * learned,
         "records cut": 2,
         "records dropped": 0,
         "tokens lost": 2 * n_lost,
@@ -159,14 +159,14 @@ def test_statistics_mark_what_is_learnt_and_count_what_was_lost(build, write):
     assert f"<|im_start|>assistant\n⟦12 °C, Ünïcode 😀{END}⟧" in text
     marked = " ".join(map(str, whole.ids[slice(*whole.turns[0, :2])].tolist()))
     assert f"⟦{marked}⟧" in ids
-    assert (store.select(np.arange(1)).n_learnt("messages") == learnt).all()
+    assert (store.select(np.arange(1)).n_targets("messages") == learned).all()
 
 
-def test_what_is_not_weighed_is_read_but_not_learnt(build, write):
+def test_what_is_not_weighed_is_read_but_without_loss(build, write):
     talk = [dict(message) for message in TALK[-2:]]
     row = {"messages": [talk[0], {**talk[1], "weight": 0}, *talk]}
     (record,) = build(write(row))
-    assert learnt(record) == [f"No.{END}"]
+    assert learned(record) == [f"No.{END}"]
     assert record.turns["messages"][0, 2] == 3
     np.testing.assert_array_equal(record.tokens["messages"], TEMPLATE.encode(talk * 2).ids)
 

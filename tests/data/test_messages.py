@@ -77,7 +77,7 @@ def test_tools_and_their_calls():
     assert message["tool_calls"] == [{"function": CALL}]
 
 
-def test_the_assistant_of_a_prompt_is_not_learnt():
+def test_the_assistant_of_a_prompt_is_without_loss():
     row = {"prompt": [*HELLO, HELLO[0]], "completion": "Hello again"}
     weights = [message.get("weight") for message in conversation_of(row).messages]
     assert weights == [None, 0, None, None]

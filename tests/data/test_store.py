@@ -75,7 +75,7 @@ DOCUMENTS = tuple(f"Dokument {i}\n" + "größer\n" * (17 * i % 900) for i in ran
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_store_holds_the_tokens_of_direct_tokenisation(
+def test_a_store_holds_the_tokens_of_direct_tokenization(
     tmp_path, monkeypatch, with_bos_and_eos, workers
 ):
     monkeypatch.setattr("lm.data.sources.CHUNK", 900)  # several pieces a document

@@ -12,7 +12,7 @@ from lm.data.tokenizers.basic import WordTokenizer
 from lm.errors import UserError
 from lm.experiment import build_untraced
 from lm.insight.capture import run_and_capture
-from lm.insight.probes import LabelledRow, LabelledSpan, _control_labels, _states, probe
+from lm.insight.probes import LabeledRow, LabeledSpan, _control_labels, _states, probe
 
 TINY = {
     "model.n_layers": 1,
@@ -27,8 +27,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def model(tagged_file, labelled_file):
-    files = tagged_file, labelled_file
+def model(tagged_file, labeled_file):
+    files = tagged_file, labeled_file
     tokenizer = WordTokenizer.fit(file.read_text() for file in files)
     config = default()
     for path, value in TINY.items():
@@ -41,8 +41,8 @@ def model(tagged_file, labelled_file):
 def test_states_are_means_over_the_tokens_of_spans_in_the_order_of_the_rows(model):
     experiment, variables = model
     rows = [
-        LabelledRow([5, 6, 7, 8], [LabelledSpan(1, 3, "a", "x"), LabelledSpan(3, 4, "b", "y")]),
-        LabelledRow([9, 1], [LabelledSpan(0, 2, "a", "z")]),
+        LabeledRow([5, 6, 7, 8], [LabeledSpan(1, 3, "a", "x"), LabeledSpan(3, 4, "b", "y")]),
+        LabeledRow([9, 1], [LabeledSpan(0, 2, "a", "z")]),
     ]
     found = _states(experiment, variables["params"], rows, "states")
 
@@ -69,9 +69,9 @@ def test_words_that_always_have_one_label_are_found(model, tagged_file):
         assert score.selectivity == score.accuracy - score.control
 
 
-def test_texts_have_the_label_of_their_row(model, labelled_file):
+def test_texts_have_the_label_of_their_row(model, labeled_file):
     experiment, variables = model
-    source = f"tsv:{labelled_file}"
+    source = f"tsv:{labeled_file}"
     report = probe(experiment, variables["params"], source, source)
     assert report.classes == ["bad", "good"]
     assert report.n_train == report.n_held_out == 48
@@ -80,7 +80,7 @@ def test_texts_have_the_label_of_their_row(model, labelled_file):
 
 
 def test_the_control_task_gives_a_word_type_one_label():
-    spans = [[LabelledSpan(0, 1, "a", f"w{i % 50}") for i in range(400)] for _ in range(2)]
+    spans = [[LabeledSpan(0, 1, "a", f"w{i % 50}") for i in range(400)] for _ in range(2)]
     labels = np.array(["a", "b", "b", "b"] * 100)
     first, second = _control_labels(spans, labels, 0)
     np.testing.assert_array_equal(first, second)
@@ -105,8 +105,8 @@ def test_records_that_no_probe_fits_are_one_line(model, tmp_path, text, message)
         probe(experiment, variables["params"], f"tsv:{file}", None)
 
 
-def test_held_out_records_of_other_labels_are_one_line(model, tagged_file, labelled_file):
+def test_held_out_records_of_other_labels_are_one_line(model, tagged_file, labeled_file):
     experiment, variables = model
-    sources = f"conll:{tagged_file}", f"tsv:{labelled_file}"
+    sources = f"conll:{tagged_file}", f"tsv:{labeled_file}"
     with pytest.raises(UserError, match="none of its labels occurs in conll:"):
         probe(experiment, variables["params"], *sources)

@@ -171,7 +171,7 @@ def test_every_parameter_of_an_import_is_in_its_run(folder, tmp_path, capsys):
 
 
 def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
-    folder, labelled_file, tmp_path, capsys, one_device
+    folder, labeled_file, tmp_path, capsys, one_device
 ):
     source, _ = folder("BertModel", BERT)
     workdir = import_run(capsys, source, tmp_path / "run")
@@ -180,7 +180,7 @@ def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
         "--config.objective.name=classification",
         f"--config.init.from={workdir}",
         "--config.init.fresh=classifier",
-        f"--config.data.source=tsv:{labelled_file}",
+        f"--config.data.source=tsv:{labeled_file}",
         "--config.data.labels=good,bad",
         "--config.data.sequence_length=32",
         "--config.data.workers=1",

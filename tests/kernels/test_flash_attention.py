@@ -150,7 +150,7 @@ def test_with_twenty_rounds_the_generator_is_that_of_jax(monkeypatch):
     np.testing.assert_array_equal(np.concatenate(found), threefry_2x32(key, counter))
 
 
-def test_dropout_keeps_its_rate_and_neither_neighbours_nor_heads_are_alike():
+def test_dropout_keeps_its_rate_and_neither_neighbors_nor_heads_are_alike():
     keep = np.asarray(keep_of(jax.random.bits(jax.random.key(1), (4, 4, 2)), 128, 128, 0.1), float)
     assert keep.mean() == pytest.approx(0.9, abs=5 * (0.09 / keep.size) ** 0.5)
     drawn = (keep - 0.9) / 0.3

@@ -1,4 +1,4 @@
-"""The whole decoder against its papers, written in numpy; its precision and its initialisation."""
+"""The whole decoder against its papers, written in numpy; its precision and its initialization."""
 
 import flax.linen as nn
 import jax

@@ -131,7 +131,7 @@ def released_slopes(n):
 
 
 def test_alibi_slopes_are_those_of_the_paper():
-    """Press et al. 2022, §3: 1/2 to 1/256 for 8 heads; the geometric mean of neighbours for 16."""
+    """Press et al. 2022, §3: 1/2 to 1/256 for 8 heads; the geometric mean of neighbors for 16."""
     np.testing.assert_array_equal(alibi_slopes(8), [1 / 2**h for h in range(1, 9)])
     np.testing.assert_allclose(alibi_slopes(16)[:4], [2**-0.5, 2**-1, 2**-1.5, 2**-2], rtol=1e-6)
     np.testing.assert_allclose(

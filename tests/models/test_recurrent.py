@@ -56,7 +56,7 @@ def test_parameters_of_the_papers_models(width, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(shapes))) == count
 
 
-def test_uniform_initialisation_reaches_every_parameter():
+def test_uniform_initialization_reaches_every_parameter():
     for tied in (False, True):
         config = RecurrentConfig(1, 40, 50, 300, tie_embeddings=tied, init="uniform", init_std=0.05)
         init = jax.jit(Lstm(config).init)(jax.random.key(0), TOKENS)
@@ -65,7 +65,7 @@ def test_uniform_initialisation_reaches_every_parameter():
             assert x.std() == pytest.approx(0.05 / 3**0.5, rel=0.15), path
 
 
-def test_other_initialisations_start_with_an_open_forget_gate():
+def test_other_initializations_start_with_an_open_forget_gate():
     config = RecurrentConfig(1, 40, 50, 300, init="fan_in", init_std=0.02)
     p = nn.meta.unbox(jax.jit(Lstm(config).init)(jax.random.key(0), TOKENS))["params"]
     layer = p["stack"]["layer_0"]

@@ -127,7 +127,7 @@ def test_loss_is_nats_of_the_right_class(make_store):
     assert float(sums.metrics["accuracy"]) == 1
 
 
-def test_without_labels_a_number_is_learnt(make_store):
+def test_without_labels_a_number_is_target_message(make_store):
     store = make_store("label\ttext", "2.5\ta", "-1e0\tb", "4\tc", labels=())
     objective = Classification(8, (), SPECIAL)
     batch = stacked(rows(objective, store))

@@ -192,8 +192,8 @@ def test_an_objective_of_documents_from_outside_trains_and_is_evaluated(train, t
     assert "eval/validation/bits_per_byte" not in found
 
 
-def test_an_objective_of_records_from_outside_is_scored(train, labelled_file):
-    source = {"data.source": f"tsv:{labelled_file}", "data.labels": "good,bad"}
+def test_an_objective_of_records_from_outside_is_scored(train, labeled_file):
+    source = {"data.source": f"tsv:{labeled_file}", "data.labels": "good,bad"}
     values = {"objective.name": "yes_no", "model.family": "encoder"}
     found = train(TINY | source | values, "--task")
     assert found["n"] == 24

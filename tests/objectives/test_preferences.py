@@ -84,7 +84,7 @@ def test_figures_of_either_label_are_means_whatever_the_batches():
 
 
 @pytest.mark.parametrize("case", [case for case in OF_TRL if "reward" in case])
-def test_rewards_are_learnt_as_by_trl(case, monkeypatch):
+def test_rewards_are_learned_as_by_trl(case, monkeypatch):
     kept = OF_TRL[case]
     monkeypatch.setattr(Reward, "predict", lambda self, model, batch: jnp.asarray(kept["policy"]))
     n = len(kept["policy"])
@@ -131,7 +131,7 @@ def objective():
     return Preferences("dpo", 6, options(reference="none"))
 
 
-def test_a_row_holds_both_sequences_and_completions_alone_are_learnt(objective):
+def test_a_row_holds_both_sequences_and_completions_alone_are_learned(objective):
     pair = record([1, 2, 3], chosen=[4, 5], rejected=[6, 7, 8, 9, 10, 11])
     row = objective.features(SimpleNamespace(record=pair), np.random.default_rng(0))
     assert row["inputs"].tolist() == [1, 2, 3, 4, 0, 0, 1, 2, 3, 6, 7, 8]

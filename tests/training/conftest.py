@@ -28,7 +28,7 @@ SMALL = {
 
 @pytest.fixture(scope="session")
 def experiment_file(tmp_path_factory) -> Path:
-    """An experiment on a text made here: lines of arithmetic, something that can be learnt."""
+    """An experiment on a text made here: lines of arithmetic, something that can be learned."""
     folder = tmp_path_factory.mktemp("experiment")
     lines = (f"{i} + {i * 7 % 13} = {i + i * 7 % 13}\n" for i in range(1500))
     (folder / "sums.txt").write_text("".join(lines))

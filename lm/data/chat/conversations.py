@@ -16,7 +16,7 @@ from lm.data.chat.messages import (
     all_text,
     content_text,
     conversation_of,
-    is_learnt,
+    is_target_message,
 )
 from lm.data.record_store import EncodedRecord
 from lm.data.records import BadRow, Fields, Records
@@ -136,7 +136,7 @@ class ConversationEncoder:
 
 
 @dataclass(frozen=True, eq=False)
-class LearntChat:
+class ChatTargets:
     """Tokenized conversation.
 
     Attributes:
@@ -150,8 +150,8 @@ class LearntChat:
 
 def encode_messages(
     template: ChatTemplate, messages: Sequence[Message], tools: list[Any] | None
-) -> LearntChat:
-    """Tokenize messages, and mark which tokens are targets (`messages.is_learnt`).
+) -> ChatTargets:
+    """Tokenize messages, and mark which tokens are targets (`messages.is_target_message`).
 
     Raises:
         BadRow: the template rejects the messages, or the tokenizer cannot encode them.
@@ -161,12 +161,12 @@ def encode_messages(
         chat = template.encode(shown, tools)
     except UserError as error:
         raise BadRow(str(error)) from error
-    learnt = np.array([is_learnt(message) for message in messages])
-    is_target = chat.assistant & learnt[chat.message]
+    learned = np.array([is_target_message(message) for message in messages])
+    is_target = chat.assistant & learned[chat.message]
     labels = np.where(is_target, chat.message, -1)
     borders = np.flatnonzero(np.diff(labels, prepend=-1, append=-1))
     # The label is constant between two borders; spans without one are not targets.
     starts, ends = borders[:-1], borders[1:]
     kept = labels[starts] >= 0
     turns = np.stack([starts, ends, labels[starts]], axis=1)[kept]
-    return LearntChat(chat.ids, turns.astype(np.int32))
+    return ChatTargets(chat.ids, turns.astype(np.int32))

@@ -73,12 +73,12 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
         messages = [text_message("system", values["system"]), *messages]
     if not messages:
         raise BadRow("no messages")
-    if not any(is_learnt(message) and says_something(message) for message in messages):
+    if not any(is_target_message(message) and says_something(message) for message in messages):
         raise BadRow("no message of the assistant to learn from")
     return Conversation(messages, tools_of(values))
 
 
-def is_learnt(message: Message) -> bool:
+def is_target_message(message: Message) -> bool:
     """Return whether a message is a training target."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
@@ -118,7 +118,7 @@ def from_prompt(values: Mapping[str, Any]) -> list[Message]:
     """Build messages from a prompt (no targets) and its completion."""
     prompt = as_messages("prompt", values["prompt"], "user")
     completion = as_messages("completion", values["completion"], "assistant")
-    return [*map(not_learnt, prompt), *completion]
+    return [*map(without_loss, prompt), *completion]
 
 
 FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]] = {
@@ -157,7 +157,7 @@ def text_message(role: str, text: Any, column: str = "") -> Message:
     return {"role": role, "content": _text(column or role, text)}
 
 
-def not_learnt(message: Message) -> Message:
+def without_loss(message: Message) -> Message:
     """Mark a message as not a target."""
     return {**message, "weight": 0} if message["role"] == "assistant" else message
 

@@ -1,4 +1,4 @@
-"""Preference records: a prompt with a chosen and a rejected completion, or a labelled completion.
+"""Preference records: a prompt with a chosen and a rejected completion, or a labeled completion.
 
 Prompts and completions are texts, or lists of messages (`messages.py`) that the tokenizer's chat
 template renders. Without a prompt, the common prefix of chosen and rejected is used. As in TRL
@@ -64,7 +64,7 @@ class PairRecords(Records):
 
 
 @dataclass(frozen=True)
-class LabelledRecords(PairRecords):
+class LabeledRecords(PairRecords):
     """Records of "prompt", "completion" and "label" (whether the completion is desirable).
 
     A row that is a pair gives two records: first all chosen, then all rejected ones.

@@ -122,14 +122,14 @@ def _cells(status: RunStatus) -> tuple[str, ...]:
         status.run.name,
         status.state,
         "" if step is None else f"{step}/{status.run.steps}",
-        _labelled("loss", values.get("loss")),
-        _labelled("validation", values.get(f"{VALIDATION}loss")),
+        _labeled("loss", values.get("loss")),
+        _labeled("validation", values.get(f"{VALIDATION}loss")),
         "" if left is None else f"{duration(left)} left",
         status.reason[:120],
     )
 
 
-def _labelled(name: str, value: float | None) -> str:
+def _labeled(name: str, value: float | None) -> str:
     return "" if value is None else f"{name} {value:.4f}"
 
 

@@ -248,11 +248,11 @@ X_AXES = {"step": "step", "tokens": "tokens", "FLOPs": "model FLOPs", "time": "t
 # Metrics of a training step besides its loss, with their axis labels.
 HEALTH = {
     "accuracy": "accuracy in training",
-    "nll": "loss without regularisers",
+    "nll": "loss without regularizers",
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
     "tokens_per_second": "tokens per second",
-    "mfu": "model FLOPs utilisation",
+    "mfu": "model FLOPs utilization",
 }
 
 
@@ -377,12 +377,12 @@ def _final_by(
     values: list[Any] = [run.config.get(key) for run in runs]
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     names = sorted({shown(value) for value in values})
-    labelled = len(others) == 1
+    labeled = len(others) == 1
     for (shared_values, line), color in zip(found.items(), shades(len(found)), strict=True):
         at = [run.config.get(key) for run in line]
         x = at if numeric else [names.index(shown(value)) for value in at]
         label = None
-        if labelled:
+        if labeled:
             label = plain(f"{others[0].rsplit('.', 1)[-1]} {shown(shared_values[0])}")
         y = [run.final(metric) for run in line]
         axes.plot(x, y, "-", color=color if others else FAINT, label=label, zorder=2)
@@ -392,7 +392,7 @@ def _final_by(
     else:
         axes.set_xticks(range(len(names)), [plain(name) for name in names])
     axes.set(xlabel=plain(key), ylabel=metric.removeprefix("eval/").replace("/", " "))
-    legend(axes, len(found) if labelled else 0, outside=True)
+    legend(axes, len(found) if labeled else 0, outside=True)
     return figure
 
 

@@ -292,7 +292,7 @@ WHOLE = st.lists(
 @pytest.mark.parametrize("base", ["bpe", "pieces", "bytes", "words"])
 @settings(max_examples=60, deadline=None)
 @given(contents=st.lists(WHOLE, min_size=2, max_size=4))
-def test_all_that_an_assistant_says_is_learnt_without_holes(pairs, base, contents):
+def test_all_that_an_assistant_says_is_target_message_without_holes(pairs, base, contents):
     template, before, after = {
         "bpe": (pairs["instructions"][0], " ", "</s>"),
         "pieces": (ChatTemplate(PIECES, {"default": INSTRUCTIONS}), " ", ""),  # decodes no </s>

@@ -39,10 +39,10 @@ VALUES = {
 
 
 @pytest.fixture(scope="module")
-def classifier(labelled_file, tmp_path_factory):
+def classifier(labeled_file, tmp_path_factory):
     """Folder of a run that tells lovely from awful films."""
     config = default()
-    for path, value in (VALUES | {"data.source": f"tsv:{labelled_file}"}).items():
+    for path, value in (VALUES | {"data.source": f"tsv:{labeled_file}"}).items():
         set_value(config, path, value)
     workdir = tmp_path_factory.mktemp("runs") / "films"
     lm.train(config, workdir)

@@ -181,7 +181,7 @@ def test_data_parallel_sums_gradients_and_gathers_nothing():
 
 @pytest.mark.parametrize("case", ["llama-fsdp", "bert-fsdp", "t5-fsdp"])
 def test_fsdp_gathers_twice_scatters_once_and_sums_no_whole_parameter(case):
-    """With full rematerialisation the layers are gathered forward and backward, in bfloat16."""
+    """With full rematerialization the layers are gathered forward and backward, in bfloat16."""
     assert {c.axis for c in plan_of(case).collectives} == {"fsdp"}
     experiment, sizes = experiment_of(case), bytes_by_kind(case)
     shardings = flat(experiment.state_sharding.params)

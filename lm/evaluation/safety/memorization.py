@@ -103,7 +103,7 @@ class Extraction(SafetySet):
         if not generates_text(subject.experiment) or is_encoder_decoder(model):
             return "it needs a decoder"
         if subject.experiment.objective.columns:
-            return "it needs a run that has learnt from documents"
+            return "it needs a run that was trained on documents"
         length = options.prompt_tokens + options.new_tokens
         if length > subject.config.model.max_length:
             return (

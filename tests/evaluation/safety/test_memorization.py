@@ -13,7 +13,7 @@ from lm.data.canaries import Planted, canary_lines, plant, repeats_of
 from lm.data.sources import Chunk, cut_document
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.errors import UserError
-from lm.evaluation.safety.memorisation import Canaries, exposure, overlap
+from lm.evaluation.safety.memorization import Canaries, exposure, overlap
 from lm.evaluation.safety.suite import Subject
 
 
