@@ -56,7 +56,7 @@ def stories() -> bool:
         abs(nats(expected["other_tokens"]) - expected["other_mean_nll_nats"]),
     ]
     same_ids = [1, *tokenizer.encode(expected["other_text"])] == expected["other_tokens"]
-    print(f"nats a token off by {max(off_nats):.1e}, ids of a text equal: {same_ids}")
+    print(f"nats per token off by {max(off_nats):.1e}, ids of a text equal: {same_ids}")
     right = text == expected["greedy_text"] and found == greedy and same_ids
     return right and off < 1e-4 and max(off_nats) < 1e-5
 

@@ -72,7 +72,7 @@ def bits(args: argparse.Namespace) -> None:
     texts = [text for row in read(args.scores) for text in row["continuations"]]
     nats = -sum(text["log_likelihood"] for text in texts)
     n_bytes = sum(len(text["text"].encode()) for text in texts)
-    print(f"{args.scores}: {nats / math.log(2) / n_bytes:.4f} bits a byte")
+    print(f"{args.scores}: {nats / math.log(2) / n_bytes:.4f} bits per byte")
 
 
 def alike(a: int, b: int) -> bool:

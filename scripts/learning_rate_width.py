@@ -42,7 +42,7 @@ def main():
         ax.set(xlabel="learning rate", title=title)
         value_axis(ax.xaxis, sorted({rate for losses in by_width.values() for rate in losses}))
         ax.legend(frameon=False, fontsize=10)
-    axes[0].set_ylabel("validation loss, nats a byte")
+    axes[0].set_ylabel("validation loss, nats per byte")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_png(figure, args.output)
 

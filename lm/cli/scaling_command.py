@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     runs = enough_tokens(all_runs, args.min_tokens_per_parameter)
     if len(runs) < len(all_runs):
         few = f"{len(all_runs) - len(runs)} runs of fewer than {args.min_tokens_per_parameter}"
-        left_out.append(f"{few} tokens a parameter (--min_tokens_per_parameter)")
+        left_out.append(f"{few} tokens per parameter (--min_tokens_per_parameter)")
     for line in left_out:
         print(f"left out: {line}", file=sys.stderr)
     output = Path(folder) if folder else None

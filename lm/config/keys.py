@@ -83,7 +83,7 @@ COMMON_KEYS: dict[str, Key] = {
     "model.value_residual": Key(
         "none",
         "Later layers mix the first layer's attention values into theirs (ResFormer; Zhou et al. "
-        "2024): fixed: half of each; learned: two weights a layer, initialized to 0.5.",
+        "2024): fixed: half of each; learned: two weights per layer, initialized to 0.5.",
         choices=("none", "fixed", "learned"),
     ),
     "model.concat_width": Key(

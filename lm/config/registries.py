@@ -765,7 +765,7 @@ class RobustnessOptions:
         "", 'Robustness: JSON lines with "question", "choices" and "answer", an index.', free=True
     )
     templates: str = option(
-        "", "Robustness: file of prompts, one a line, with fields as {question}.", free=True
+        "", "Robustness: file of prompts, one per line, with fields as {question}.", free=True
     )
     typos: float = option(
         0.3, "Robustness: part of the words with a typo.", low=0.0, high=1.0, free=True

@@ -131,7 +131,7 @@ def decode_plan_text(plan: DecodePlan) -> str:
         f"weights {plan.weights / 1e9:.2f}, cache {plan.cache / 1e9:.2f}",
         f"traffic a step     {plan.traffic / 1e9:.3f} GB, "
         f"{figures['traffic_over_bound']:.2f} times weights and cache; "
-        f"{plan.traffic / plan.rows / 1e6:.1f} MB a token",
+        f"{plan.traffic / plan.rows / 1e6:.1f} MB per token",
     ]
     if plan.seconds:
         lines.append(

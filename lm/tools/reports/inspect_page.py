@@ -166,7 +166,7 @@ def _tiles(experiment: Experiment, readings: Sequence[Reading]) -> dict[str, str
     if n := sum(map(len, losses)):
         loss = float(np.concatenate(losses).mean())
         ranks = np.concatenate([scores.rank[known] for scores, known in found])
-        tiles |= {"scored tokens": f"{n:,}", "loss, nats a token": f"{loss:.3f}"}
+        tiles |= {"scored tokens": f"{n:,}", "loss, nats per token": f"{loss:.3f}"}
         name = "pseudo-perplexity" if readings[0].passage.mask >= 0 else "perplexity"
         tiles |= {name: f"{np.exp(loss):.4g}", "likeliest": f"{(ranks == 1).mean():.0%}"}
     return tiles

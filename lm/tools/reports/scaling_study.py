@@ -162,7 +162,7 @@ def isoflop_curves(found: list[Profile]) -> Any:
         if profile.has_minimum:
             axes.plot(profile.n, profile.loss, "*", markersize=13, color=color, markeredgecolor=INK)
     count_axis(axes.xaxis)
-    axes.set(xlabel="parameters N", ylabel="loss, nats a token")
+    axes.set(xlabel="parameters N", ylabel="loss, nats per token")
     legend(axes, len(found), outside=True)
     return figure
 
@@ -175,7 +175,7 @@ def fitted_losses(runs: Runs, law: Law) -> Any:
     axes.plot(ends, ends, color=INK, linewidth=1)
     dots = axes.scatter(runs.loss, law.loss(runs.n, runs.d), c=flop, s=22, cmap="viridis")
     figure.colorbar(dots, label="log₁₀ FLOPs")
-    axes.set(xlabel="loss of the run, nats a token", ylabel="loss by the law")
+    axes.set(xlabel="loss of the run, nats per token", ylabel="loss by the law")
     return figure
 
 
