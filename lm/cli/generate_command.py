@@ -81,7 +81,8 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.decoding.best_of import open_best_of
     from lm.decoding.chats import chat_of, chat_template
     from lm.decoding.generate_file import generate_file, weights_identity
-    from lm.decoding.generation import generate_texts, generation_record, stream_continuations
+    from lm.decoding.generated import generation_record
+    from lm.decoding.generation import generate_texts, stream_continuations
     from lm.decoding.guard import open_guard
     from lm.decoding.prompts import input_role, is_encoder_decoder, require_text_output
     from lm.decoding.sampling import Sampling

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm.data.chat.messages import content_text
 from lm.decoding.chats import Chat
+from lm.decoding.generated import Generation
 from lm.runs.reward_model import RewardModel
-
-if TYPE_CHECKING:
-    from lm.decoding.generation import Generation
 
 
 def open_best_of(n: int, workdir: str) -> BestOf:

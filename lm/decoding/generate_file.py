@@ -22,7 +22,8 @@ from lm.data.tokenizer import Tokenizer
 from lm.decoding.best_of import BestOf
 from lm.decoding.chats import Chat, chat_of
 from lm.decoding.controls import Controls
-from lm.decoding.generation import generate_texts, generation_record
+from lm.decoding.generated import generation_record
+from lm.decoding.generation import generate_texts
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import input_role
 from lm.decoding.sampling import Sampling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +17,7 @@ from lm.decoding.chats import Chat, chat_controls, chat_ids, stop_texts
 from lm.decoding.controls import Controls
 from lm.decoding.engine.offline import sample_by_engine
 from lm.decoding.engine.sizes import is_pageable
+from lm.decoding.generated import Generation
 from lm.decoding.guard import open_guard
 from lm.decoding.prompts import is_encoder_decoder, prompt_ids, source_ids
 from lm.decoding.sampling import Sampling, sample_steps
@@ -30,31 +31,6 @@ if TYPE_CHECKING:
     from lm.decoding.best_of import BestOf
 
 _STREAMED = 4  # tokens that are streamed together
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Generated text.
-
-    Attributes:
-        text: the text; "" if withheld by a guard.
-        score: its score; None if it was sampled.
-        withheld: whether a guard withholds it.
-    """
-
-    text: str
-    score: float | None
-    withheld: bool = False
-
-    def without_text(self) -> Generation:
-        """Return a copy without the text, marked as withheld."""
-        return replace(self, text="", withheld=True)
-
-    def record(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return {"text": self.text, "score": self.score} | (
-            {"withheld": True} if self.withheld else {}
-        )
 
 
 def generate_texts(
@@ -143,28 +119,6 @@ def _ends(
     if template is None:
         return Controls.from_config(config, tokenizer), stop
     return chat_controls(config, tokenizer, template), (*stop, *stop_texts(template))
-
-
-def generation_record(
-    role: str, text: Any, generations: Sequence[Generation], n_best: int
-) -> dict[str, Any]:
-    """Format the generations of an input as a JSON object.
-
-    Args:
-        role: name of the input: "source", "prompt" or "messages".
-        text: input, a JSON value.
-        generations: generated texts, best first.
-        n_best: number of them to list under "hypotheses"; 1: no list.
-    """
-    if not generations:
-        found: dict[str, Any] = {role: text, "text": ""}
-    else:
-        found = {role: text, **generations[0].record()}
-        if found["score"] is None:
-            del found["score"]
-    if n_best > 1:
-        found["hypotheses"] = [generation.record() for generation in generations[:n_best]]
-    return found
 
 
 def stream_continuations(

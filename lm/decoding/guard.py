@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lm.config.registry import listed
+from lm.decoding.generated import Generation
 from lm.errors import UserError
 from lm.runs.text_classifier import class_columns, load_classifier, weights_digest
-
-if TYPE_CHECKING:
-    from lm.decoding.generation import Generation
 
 _GROUP = 32  # outputs judged together
 

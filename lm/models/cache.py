@@ -18,6 +18,9 @@ from lm.models.transformer_config import LayerType, TransformerConfig
 Tree = TypeVar("Tree")
 Layer = jax.Array | int | tuple[()]  # index of a layer in a cache; () if it has one layer
 CrossKeyValue = tuple[jax.Array, jax.Array]  # [B, T, G, K] each
+# Keys and values, [B, G, S, K] each, or one shared array; int8 ones with scales, [B, G, S, 1].
+KeyValueCache = Any
+INT8_MAX = 127
 
 
 @flax.struct.dataclass
@@ -71,8 +74,6 @@ class Cache:
             source: keys and values of the source, [..., B, T, G, K], if it was just encoded.
             source_segments_BS: its segment ids.
         """
-        from lm.models.cached_attention import heads_first
-
         cross = self.source
         if source is not None:
             assert source_segments_BS is not None
@@ -158,3 +159,19 @@ def init_cache(config: TransformerConfig, n_layers: int, batch: int, length: int
         index=jnp.zeros((), jnp.int32),
         row_axis=int(types[0].scannable),
     )
+
+
+def heads_first(config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> KeyValueCache:
+    """Return keys and values [..., S, G, K] in cache layout: [..., G, S, K], in the cache's dtype.
+
+    Each int8 vector of a head has its own scale.
+    """
+
+    def stored(x: jax.Array) -> Any:
+        x = x.swapaxes(-3, -2)
+        if config.cache_dtype != "int8":
+            return x.astype(config.cache_dtype or config.dtype)
+        scale = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / INT8_MAX
+        return jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale
+
+    return jax.tree.map(stored, keys_values)

@@ -6,22 +6,18 @@ K head dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import NEG_INF, AttentionMask, beside_sinks
 from lm.kernels.elementwise import softcap
-from lm.models.cache import Layer, write_layer
+from lm.models.cache import KeyValueCache, Layer, heads_first, write_layer
 from lm.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from lm.models.attention import MixerInputs
-
-# Keys and values, [B, G, S, K] each, or one shared array; int8 ones with scales, [B, G, S, 1].
-KeyValueCache = Any
-INT8_MAX = 127
 
 
 def empty_keys_values(
@@ -31,22 +27,6 @@ def empty_keys_values(
     c = config
     shape = (n_layers, batch, length, c.n_kv_heads, c.head_dim)
     return heads_first(c, (jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype)))
-
-
-def heads_first(config: TransformerConfig, keys_values: tuple[jax.Array, ...]) -> KeyValueCache:
-    """Return keys and values [..., S, G, K] in cache layout: [..., G, S, K], in the cache's dtype.
-
-    Each int8 vector of a head has its own scale.
-    """
-
-    def stored(x: jax.Array) -> Any:
-        x = x.swapaxes(-3, -2)
-        if config.cache_dtype != "int8":
-            return x.astype(config.cache_dtype or config.dtype)
-        scale = jnp.abs(x.astype(jnp.float32)).max(-1, keepdims=True) / INT8_MAX
-        return jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale
-
-    return jax.tree.map(stored, keys_values)
 
 
 def attend_and_cache(

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask, Dropout
 from lm.models.attention import MixerInputs, TokenMixer, attend
-from lm.models.cache import Layer
-from lm.models.cached_attention import attend_and_cache, heads_first
+from lm.models.cache import Layer, heads_first
+from lm.models.cached_attention import attend_and_cache
 from lm.models.layers import Linear, Norm
 from lm.models.rotary import score_factor
 from lm.models.transformer_config import TransformerConfig

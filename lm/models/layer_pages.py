@@ -24,7 +24,7 @@ from lm.kernels.paged_attention import PagedRows, paged_attention
 from lm.kernels.ragged_attention import ragged_attention, ragged_attention_problems
 from lm.kernels.splash_attention import LANES
 from lm.models.attention import MixerInputs
-from lm.models.cached_attention import heads_first
+from lm.models.cache import heads_first
 from lm.models.transformer_config import TransformerConfig
 from lm.parallel.mesh import parameter_axes
 

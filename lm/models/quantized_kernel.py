@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.models.cached_attention import INT8_MAX
+from lm.models.cache import INT8_MAX
 from lm.models.frozen import is_frozen
 from lm.models.variables import Kind, ParamInfo
 

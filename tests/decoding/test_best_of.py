@@ -10,7 +10,7 @@ from runs import write_run
 
 from lm.cli import main
 from lm.decoding.best_of import BestOf
-from lm.decoding.generation import Generation
+from lm.decoding.generated import Generation
 from lm.errors import UserError
 from lm.runs.reward_model import RewardModel
 

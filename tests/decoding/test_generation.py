@@ -7,12 +7,8 @@ import pytest
 from lm.data.tokenizers.basic import ByteTokenizer
 from lm.data.tokenizers.hf import HuggingFaceTokenizer
 from lm.decoding import generation
-from lm.decoding.generation import (
-    Generation,
-    generate_texts,
-    generation_record,
-    stream_continuations,
-)
+from lm.decoding.generated import Generation, generation_record
+from lm.decoding.generation import generate_texts, stream_continuations
 from lm.decoding.prompts import source_ids
 from lm.decoding.sampling import Sampling
 

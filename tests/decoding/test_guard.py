@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lm.decoding import guard as guards
-from lm.decoding.generation import Generation, generation_record
+from lm.decoding.generated import Generation, generation_record
 from lm.decoding.guard import Guard
 from lm.errors import UserError
 
