@@ -30,7 +30,7 @@ COMMON_KEYS: dict[str, Key] = {
     "model.d_ff": Key(0, "Width of the feed-forward layer; 0: 4 d_model.", low=0),
     "model.n_encoder_heads": Key(
         0,
-        "Heads of the encoder, in total as wide as the decoder's; 0: n_heads.",
+        "Encoder heads, with the same total width as the decoder's; 0: n_heads.",
         low=0,
         needs=("model.family", "encoder_decoder"),
     ),
@@ -133,8 +133,8 @@ COMMON_KEYS: dict[str, Key] = {
     "model.qk_norm": Key(False, "Normalize queries and keys."),
     "model.qk_norm_over": Key(
         "head",
-        "qk_norm normalizes each head separately (Qwen3), with a scale of its own (each_head; "
-        "StableLM 2 12B), or all heads of a token together (OLMo 2).",
+        "qk_norm normalizes each head, with one scale for all heads (head; Qwen3) or one per head "
+        "(each_head; StableLM 2 12B), or all heads of a token together (all; OLMo 2).",
         choices=("head", "each_head", "all"),
         needs=("model.qk_norm",),
     ),

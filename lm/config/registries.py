@@ -172,16 +172,17 @@ class DisentangledOptions:
 
     relative_terms: str = option(
         "both",
-        "Disentangled: scores of queries with positions (c2p), of keys with positions (p2c), or "
+        "Disentangled: add logits of queries and positions (c2p), of keys and positions (p2c), or "
         "both.",
         choices=("both", "c2p", "p2c"),
     )
-    relative_norm: bool = option(True, "Disentangled: normalize the table of positions.")
+    relative_norm: bool = option(True, "Disentangled: normalize the position embeddings.")
     relative_shared: bool = option(
-        True, "Disentangled: the kernels of queries and keys also project positions."
+        True, "Disentangled: positions share the query and key kernels of the tokens."
     )
     relative_log: bool = option(
-        True, "Disentangled: rows of far positions are logarithmic buckets, not single distances."
+        True,
+        "Disentangled: logarithmic buckets for large distances; otherwise one row per distance.",
     )
 
 

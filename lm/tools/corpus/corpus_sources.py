@@ -40,7 +40,7 @@ class NamedSource(NamedTuple):
     Attributes:
         name: its name in the configuration.
         spec: NAME:ARGUMENT as in `data.source`, or datatrove-…:FOLDER/GLOB.
-        license: default licence of its documents; "": unknown.
+        license: default license of its documents; "": unknown.
         data: values of SOURCE_KEYS.
     """
 
