@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from numpy.typing import ArrayLike
 from scipy.ndimage import median_filter
 from scipy.signal import lfilter
@@ -23,6 +24,7 @@ from scipy.signal import lfilter
 from lm import config as configs
 from lm.accounting.flops import model_flops_per_token, tokens_per_row
 from lm.accounting.parameter_counts import count_parameters
+from lm.config.ramps import stages
 from lm.config.registries import SCHEMA
 from lm.errors import UserError
 from lm.evaluation.safety.suite import PREFIX
@@ -121,29 +123,43 @@ class RunRecord:
     @property
     def tokens(self) -> int | None:
         """Tokens up to the last step; None if the size is unknown."""
-        batches = self.batches([self.last_step])[0]
-        return round(batches * self.size.tokens_per_step) if self.size else None
+        return round(self._last_batches * self.size.tokens_per_step) if self.size else None
 
     @property
     def flops(self) -> float | None:
         """Model FLOPs up to the last step; None if the size is unknown."""
-        batches = self.batches([self.last_step])[0]
-        return float(batches) * self.size.flops_per_step if self.size else None
+        return self._last_batches * self.size.flops_per_step if self.size else None
+
+    @property
+    def _last_batches(self) -> float:
+        return float(self.batches([self.last_step])[0])
 
     def batches(self, steps: ArrayLike) -> np.ndarray:
-        """Return the number of batches, of the current batch size, trained up to each step."""
+        """Return the number of batches, of the current size, trained up to each step.
+
+        Batches of ramps count as fractions. The size of the run must be known.
+        """
         sizes = [
-            (entry["step"], entry["changed"][BATCH_SIZE])
+            (entry["step"], entry["changed"][BATCH_SIZE][0])
             for entry in self.history
             if BATCH_SIZE in entry.get("changed", {})
         ]
-        now = self.config.get(BATCH_SIZE, 1)
-        at, trained = [0.0], [0.0]
-        for step, (size, _) in sizes:
-            trained.append(trained[-1] + (step - at[-1]) * size / now)
-            at.append(step)
+        now, length = self.config.get(BATCH_SIZE, 1), self.config.get("data.sequence_length", 1)
+        ramp = {"batch_ramp": "", "length_ramp": "", "batch_size": now, "sequence_length": length}
+        own = {name: self.config.get(f"data.{name}", value) for name, value in ramp.items()}
+        ramped = stages(ConfigDict(own))
+
+        def part(step: int) -> float:
+            """Return a step's part of the current batch."""
+            stage = next(stage for stage in reversed(ramped) if stage.step <= step)
+            size = next((size for end, size in sizes if step < end), now)
+            return stage.rows * stage.length * size / (now**2 * length)
+
+        at = sorted({*(stage.step for stage in ramped), *(step for step, _ in sizes)})
+        parts = np.array([part(step) for step in at])
+        trained = np.concatenate([[0.0], np.cumsum(np.diff(at) * parts[:-1])])
         steps = np.asarray(steps, float)
-        return np.interp(steps, at, trained) + np.maximum(steps - at[-1], 0)
+        return np.interp(steps, at, trained) + np.maximum(steps - at[-1], 0) * parts[-1]
 
     @property
     def total_seconds(self) -> float:

@@ -1,6 +1,7 @@
 """Records of runs, and the analysis of their curves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,19 @@ def test_positions_on_every_axis(tmp_path):
     flops = positions(run, "FLOPs", steps)
     # 6 × (24·d² of two blocks and d·64 of the tied output) and causal attention's 12·L·d·T/2
     assert flops[0] == 32 * (6 * (24 * 16**2 + 16 * 64) + 12 * 2 * 16 * 8 / 2)
+
+
+def test_tokens_are_those_of_ramps(tmp_path):
+    """Also where the batch size changed in a run whose rows grow."""
+    ramps = {"data.batch_ramp": "0: 1; 2: 4", "data.length_ramp": "0: 2; 3: 8"}
+    run = read_run(write_run(tmp_path / "a", ramps, losses=[3.0] * 5), "a")
+    sizes = np.array([1 * 2, 1 * 2, 4 * 2, 4 * 8, 4 * 8])
+    assert positions(run, "tokens", np.arange(6)).tolist() == [0, *sizes.cumsum()]
+    assert run.tokens == sizes.sum()
+    longer = write_run(tmp_path / "b", ramps | {"data.batch_ramp": ""}, losses=[3.0] * 5)
+    history = ({"step": 4, "changed": {"data.batch_size": [2, 4]}},)
+    changed = replace(read_run(longer, "b"), history=history)
+    assert changed.tokens == 2 * (2 + 2 + 2 + 8) + 4 * 8
 
 
 def test_the_size_needs_neither_the_mesh_nor_the_kernel(tmp_path):
