@@ -230,6 +230,7 @@ FIELDS = {
     "feed_forward_proj": one_of("relu", "gated-gelu", "gated-silu", "gelu", "gelu_new", "silu"),
     "position_buckets": lambda rng, v: rng.choice([-1, rng.randint(4, 16)]),
     "relative_attention": one_of(True, True, False),
+    "legacy": one_of(True),  # a head that has other names otherwise is exported under these
     "max_relative_positions": one_of(-1, 9, 30),
     "norm_rel_ebd": one_of("layer_norm", "none"),
     "share_att_key": one_of(True, False),
@@ -260,7 +261,6 @@ FIELDS = {
     "add_cross_attention": mostly(False, True),
     "scale_attn_by_inverse_layer_idx": mostly(False, True),
     "use_bidirectional_attention": mostly(False, None, True),
-    "legacy": mostly(True, False),
     **dict.fromkeys(("use_parallel_residual", "qk_layernorm"), one_of(False, True)),
     "num_labels": size(1, 5),
 }

@@ -60,7 +60,8 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
 
 def _read(hf: Values) -> Values:
     width = hf.get("embedding_size") or hf["hidden_size"]
-    require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_kernel_size=0, legacy=True)
+    require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_kernel_size=0)
+    is_tied = hf.get("tie_word_embeddings", True) or not hf.get("legacy", True)
     kinds = hf.get("pos_att_type") or []
     kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
     terms = frozenset(str(kind).strip() for kind in kinds) if isinstance(kinds, list) else kinds
@@ -73,7 +74,7 @@ def _read(hf: Values) -> Values:
             hf, "pooler_hidden_act", {"gelu": "gelu_erf", "tanh": "tanh"}, "gelu"
         ),
         "norm_eps": hf.get("layer_norm_eps", 1e-7),
-        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "tie_embeddings": is_tied,
         "dropout": hf.get("hidden_dropout_prob", 0.1),
         "attention_dropout": hf.get("attention_probs_dropout_prob", 0.1),
     }
@@ -178,5 +179,14 @@ DEBERTA = Family(
     output=f"{_HEAD}.decoder.weight",
     table="deberta.embeddings.word_embeddings.weight",
     copies={f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"},
+    # Names under `legacy=false`.
+    renamed={
+        rf"^lm_predictions\.lm_head\.{name}": f"{_HEAD}.{new}"
+        for name, new in (
+            ("dense", "transform.dense"),
+            ("LayerNorm", "transform.LayerNorm"),
+            ("bias", "bias"),
+        )
+    },
     left_out=["generator", "replaced_transform", "replaced_head"],
 )

@@ -55,6 +55,7 @@ def _table(config: TransformerConfig) -> list[TensorMapping]:
     else:
         queries = linear_mappings(f"{_THEIRS}.q_proj", f"{_OURS}/query", "D", "H K")
     bias = f"{MODEL_STATE}/{FEED_FORWARD}/router_bias"
+    experts = gated_mappings(f"{MLP}.experts.{{}}", f"{FEED_FORWARD}/experts")
     return [
         same_layout("model.embed_tokens.weight", "tokens/embedding"),
         *queries,
@@ -69,7 +70,7 @@ def _table(config: TransformerConfig) -> list[TensorMapping]:
         *DENSE,
         *linear_mappings(f"{MLP}.gate", f"{FEED_FORWARD}/router"),
         same_layout(f"{MLP}.gate.e_score_correction_bias", bias),
-        *gated_mappings(f"{MLP}.experts.{{}}", f"{FEED_FORWARD}/experts"),
+        *(row for row in experts if row.name.endswith(".weight")),
         *gated_mappings(f"{MLP}.shared_experts", f"{FEED_FORWARD}/shared_expert"),
         *norm_mappings("model.norm", "stack/final_norm"),
         output_mapping("lm_head.weight"),
@@ -240,7 +241,8 @@ def _family(
     write: Callable[[TransformerConfig], Values],
     **fixed: Any,
 ) -> Family:
-    return replace(decoder(model_type, name, read, write, mixer="mla", **fixed), base=_table)
+    found = decoder(model_type, name, read, write, mixer="mla", **fixed)
+    return replace(found, base=_table, zeros=["/experts/.*/bias$"])
 
 
 DEEPSEEK_V2 = _family("deepseek_v2", "DeepseekV2", _read_v2, _write_v2)

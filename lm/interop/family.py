@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -100,6 +101,7 @@ class Family:
         adapted: returns the tensors of a file as a model of this configuration has them.
         further_files: required contents of other JSON files of a folder, by name, if they exist.
         left_out: modules that a class lacks, and that are left out.
+        zeros: patterns of parameters that a class lacks, and that are zero.
         objective: pretraining objective, "" for the usual one of `model`.
     """
 
@@ -124,6 +126,7 @@ class Family:
     adapted: Callable[[Values, dict[str, StoredTensor]], dict[str, StoredTensor]] = _unchanged
     further_files: Mapping[str, Callable[[TransformerConfig], Values]] = field(default_factory=dict)
     left_out: Sequence[str] = ()
+    zeros: Sequence[str] = ()
     objective: str = ""
 
     def read_config(self, hf: Values) -> TransformerConfig:
@@ -194,7 +197,7 @@ class Family:
         """Return the tensor table for a model with these parameters and heads.
 
         Raises:
-            UnsupportedConfig: a parameter is in no row and is not a head's bias.
+            UnsupportedConfig: a parameter is in no row, is not a head's bias and not always zero.
         """
         of_heads = (mapping for name in heads for mapping in self.heads[name].mappings)
         parts = segments(config.layer_types(config.n_layers))
@@ -205,7 +208,8 @@ class Family:
         modules = {module for name in heads for module in self.heads[name].modules}
         left = sorted({*paths} - {path for mapping in found for path in mapping.paths})
         for path in left:
-            if path.partition("/")[0] not in modules or not path.endswith("/bias"):
+            is_of_head = path.partition("/")[0] in modules and path.endswith("/bias")
+            if not is_of_head and not any(re.search(pattern, path) for pattern in self.zeros):
                 raise UnsupportedConfig(f"{self.model_type} has no tensor for the parameter {path}")
         return found
 
@@ -298,7 +302,7 @@ _FLAGS = frozenset(
         *("scale_attn_by_inverse_layer_idx", "use_bidirectional_attention", "is_decoder"),
         *("classifier_bias", "decoder_bias", "norm_bias", "use_bias", "mamba_proj_bias"),
         *("use_conv_bias", "mamba_conv_bias", "use_parallel_residual", "qk_layernorm"),
-        *("relative_attention", "share_att_key", "position_biased_input"),
+        *("relative_attention", "share_att_key", "position_biased_input", "legacy"),
     }
 )
 

@@ -380,7 +380,10 @@ def _without_copies(
         elif _repeats(found, copy, original):
             del found[copy]
         else:
-            raise UserError(f"{path}: {copy} differs from {original}, which it should repeat")
+            raise UserError(
+                f"{path}: {copy} differs from {original}, which it should repeat: further tables "
+                "(tie_word_embeddings=false) are not supported"
+            )
     return found, replaced
 
 

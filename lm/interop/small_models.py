@@ -86,7 +86,9 @@ def _write_smollm3(config: TransformerConfig) -> Values:
 
 def _read_granite(hf: Values) -> Values:
     factors = {
-        field: positive_number(name, hf.get(name, 1.0)) for name, field in _MULTIPLIERS.items()
+        field: positive_number(name, hf.get(name, 1.0))
+        for name, field in _MULTIPLIERS.items()
+        if hf.get(name, 1.0) is not None or field != "attention_scale"  # null: the usual scale
     }
     return read_decoder(hf) | _read_biases(hf) | factors
 

@@ -272,7 +272,7 @@ DECODERS |= {
         DEEPSEEK
         | {"q_lora_rank": 14, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
         | {"routed_scaling_factor": 16.0, "n_shared_experts": 1, "v_head_dim": 12}
-        | {"rope_parameters": YARN_ALL_ROPE, "first_k_dense_replace": 0},
+        | {"rope_parameters": YARN_ALL_ROPE, "first_k_dense_replace": 0, "mlp_bias": True},
     ),
     "deepseek-v3": (
         "DeepseekV3ForCausalLM",

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from hf_models import (
     BY_LENGTH,
+    DEBERTA,
     DECODERS,
     DEEPSEEK,
     ENCODER_DECODERS,
     ENCODERS,
     GPT2,
+    GRANITE,
     KINDS,
     LLAMA,
     build,
@@ -79,6 +81,8 @@ ODD = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4
     [
         ("GPT2LMHeadModel", GPT2 | {"scale_attn_by_inverse_layer_idx": True}),
         ("Phi3ForCausalLM", LLAMA | {"rope_parameters": ODD, "pad_token_id": None}),  # 3 of 8
+        ("DebertaV2ForMaskedLM", DEBERTA | {"legacy": False}),
+        ("GraniteMoeForCausalLM", GRANITE | {"attention_multiplier": None}),
         (  # the default number of key heads is that of the largest model
             "DeepseekV3ForCausalLM",
             DEEPSEEK | {"num_key_value_heads": 128, "n_group": 2, "topk_group": 1},
