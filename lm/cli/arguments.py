@@ -167,7 +167,7 @@ def topology_arguments(parser: Parser, required: bool = True) -> None:
         "--topology",
         required=required,
         metavar="KIND:SHAPE",
-        help=f"chip and their number or arrangement: {examples}",
+        help=f"chips and their number or topology: {examples}",
     )
     parser.add_argument(
         "--slices", type=at_least(1), default=1, metavar="N", help="number of such slices"
