@@ -55,7 +55,7 @@ class ClippedSteps(Steps):
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Update once, clip, and forget the logits; reports the largest and the part clipped."""
         after, metrics = super().train_step(state, batch)
-        logits = {p: x for p, x in flat(after.model_state).items() if p.endswith(f"/{LARGEST}")}
+        logits = {p: x for p, x in flat(after.model_state).items() if is_largest_logits(p)}
         rotated = self.model.config.head_dim  # type: ignore[attr-defined]
         clipped = nested(clip(flat(after.params), logits, self.threshold, rotated))
         params = self._join(self.split(clipped)[0], self.split(after.params)[1])
@@ -72,6 +72,11 @@ def clipped_steps(steps: Steps, threshold: float) -> ClippedSteps:
 
 
 # --- logits of a step
+
+
+def is_largest_logits(path: str) -> bool:
+    """Return whether a path is that of largest logits, which are 0 between steps."""
+    return path.endswith(f"/{LARGEST}")
 
 
 def _record(method: Callable, args: Any, options: Any, context: Any) -> Any:

@@ -243,7 +243,7 @@ def exported(workdir: Path, folder: Path) -> str:
     from lm.interop.family import comparable_config
     from lm.interop.folder_heads import TASK_MODULES
     from lm.models.variables import flat
-    from lm.qk_clip import LARGEST
+    from lm.qk_clip import is_largest_logits
     from lm.runs.checkpoints import ignore_line
     from lm.runs.saved_params import restore_run
 
@@ -269,7 +269,7 @@ def exported(workdir: Path, folder: Path) -> str:
         if configs[1].get(name) != value
     ]
     own, other = (
-        {path: x for path, x in flat(params).items() if not path.endswith(f"/{LARGEST}")}
+        {path: x for path, x in flat(params).items() if not is_largest_logits(path)}
         for params in (own, other)
     )
     heads = {p for p, i in before.param_infos.items() if i.role.part in ("pretraining", "task")}

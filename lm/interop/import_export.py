@@ -39,7 +39,7 @@ from lm.models.ahead_modules import without_ahead
 from lm.models.transformer_config import make_model
 from lm.models.variables import Params, nested
 from lm.parallel.mesh import axis_sizes, is_primary_host, make_mesh
-from lm.qk_clip import LARGEST
+from lm.qk_clip import is_largest_logits
 from lm.runs.checkpoints import BEST_FOLDER, Checkpoints, Log
 from lm.runs.saved_params import (
     TRAINING_ONLY,
@@ -222,7 +222,7 @@ def read_to_export(workdir: Path, average: int, best: bool, log: Log) -> ReadRun
     shardings = dict.fromkeys(checkpoints[0].shapes, one)
     params, steps = mean_params(checkpoints, average, shardings, log)
     tokenizer = load_tokenizer(workdir) if (workdir / "tokenizer").is_dir() else None
-    tree = nested({path: x for path, x in params.items() if not path.endswith(f"/{LARGEST}")})
+    tree = nested({path: x for path, x in params.items() if not is_largest_logits(path)})
     for name in sorted({*TRAINING_ONLY} & tree.keys()):
         log(f"{name}: left out; used only in training")
     config, plain = without_mup(config, without_ahead(tree))

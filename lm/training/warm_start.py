@@ -23,6 +23,7 @@ from lm.models.frozen import is_frozen
 from lm.models.lora import SCALES, kernel_of, quantize_loaded
 from lm.models.parameter_groups import matching
 from lm.models.variables import flat, nested
+from lm.qk_clip import is_largest_logits
 from lm.runs.checkpoints import Log
 from lm.runs.saved_params import (
     SavedCheckpoint,
@@ -191,6 +192,8 @@ def map_parameters(
 ) -> ParamMapping:
     """Match source parameters with the parameters of this run.
 
+    QK-clip's largest logits, which are 0 between steps, are neither loaded nor missed.
+
     Args:
         options: section "init" of the configuration.
         params: arrays or shapes of this run by path, including model state.
@@ -201,6 +204,8 @@ def map_parameters(
         UserError: a name or shape does not match, and the options do not allow it.
     """
     beside = {path for path in params if kernel_of(path) or is_frozen(path)}
+    beside |= set(filter(is_largest_logits, params))
+    source = {name: leaf for name, leaf in source.items() if not is_largest_logits(name)}
     base = {path: leaf for path, leaf in params.items() if path not in beside}
     stays_fresh = _named("init.fresh", options.fresh, base)
     may_be_left = _named("init.leave", options.leave, source)

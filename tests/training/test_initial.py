@@ -14,7 +14,8 @@ import pytest
 from lm.config import default
 from lm.errors import UserError
 from lm.experiment import build
-from lm.models.variables import flat, nested
+from lm.models.variables import MODEL_STATE, flat, nested
+from lm.qk_clip import LARGEST
 from lm.runs.checkpoints import Checkpoints
 from lm.training.warm_start import initial_state, map_parameters
 
@@ -48,6 +49,15 @@ def test_what_is_new_and_what_is_unused_must_be_named():
     assert found.loaded.keys() == MODEL.keys() & SOURCE.keys()
     assert found.fresh == ["head/kernel"]
     assert found.left == ["mlm/bias"]
+
+
+def test_logits_of_qk_clip_are_neither_loaded_nor_missed():
+    """A run with QK-clip starts from one without, and the other way round."""
+    clipped = SOURCE | {f"{MODEL_STATE}/stack/layers/attention/{LARGEST}": (2, 4)}
+    for params, source in ((SOURCE, clipped), (clipped, SOURCE), (clipped, clipped)):
+        found = plan(params, source)
+        assert found.loaded == {path: path for path in SOURCE}
+        assert found.left == []
 
 
 def test_what_is_named_fresh_is_fresh_though_it_is_there():
