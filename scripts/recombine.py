@@ -46,7 +46,8 @@ def recombined_pairs(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     new = set()
     for words, form in parsed:
         for (phrase, part), others in exchanges.items():
-            if len(places(words, phrase)) != 1 or occurrences(form, part) != 1:
+            once = len(places(words, phrase)) == 1 and occurrences(form, part) == 1
+            if part == form or not once:  # a whole form has no environment
                 continue
             for other_phrase, other_part in others:
                 question = replaced(words, phrase, other_phrase)

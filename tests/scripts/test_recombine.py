@@ -36,6 +36,7 @@ def test_phrases_that_two_pairs_exchange_are_exchanged_in_a_third(script):
     assert script.recombined_pairs([(x, y.replace("$0", "$a")) for x, y in PAIRS]) == new
     whole = [("is s0", "s0"), ("is s1", "s1"), ("where is s0", "( where s0 )")]
     assert script.recombined_pairs(whole) == []  # the forms have nothing in common
+    assert script.recombined_pairs([*PAIRS, ("name s0", "s0")]) == new
 
 
 @pytest.mark.parametrize(
