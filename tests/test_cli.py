@@ -329,7 +329,7 @@ def test_two_runs_are_compared_on_a_page(trained, tmp_path, capsys):
     assert len(key["first"]) == 2
     assert "--workdir A B" in error_of(capsys, *words, *runs[:2])
     assert "--workdir A B" in error_of(capsys, *words, *runs, trained)
-    assert "give another --output" in error_of(capsys, *words, *runs)
+    assert "use another --output" in error_of(capsys, *words, *runs)
     words[-1] = tmp_path / "other"
     assert "no run in" in error_of(capsys, *words, *runs[:2], tmp_path / "none")
     assert "none.txt" in error_of(capsys, *words, *runs, "--prompts", tmp_path / "none.txt")

@@ -201,7 +201,7 @@ def test_a_folder_that_datasets_saved(make_data, tmp_path):
     with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow: missing"):
         open_corpus("arrow:one", make_data(), "train")
     (tmp_path / "one" / "state.json").unlink()
-    with pytest.raises(UserError, match="no folder that datasets"):
+    with pytest.raises(UserError, match="not a folder written by datasets"):
         open_corpus("arrow:one", make_data(), "train")
 
 

@@ -103,7 +103,7 @@ def test_a_server_that_tells_no_length(make_data, folder):
     with running(Handler) as url:
         away = _chunks(f"jsonl:{url}/f.jsonl", make_data())
         assert away == _chunks(f"jsonl:{folder}/f.jsonl", make_data())
-        with pytest.raises(UserError, match="does not tell its length"):
+        with pytest.raises(UserError, match="does not report its size"):
             _chunks(f"parquet:{url}/f.parquet", make_data())
 
 
