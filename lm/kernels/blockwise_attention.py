@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask, beside_sinks
 from lm.kernels.elementwise import softcap as apply_softcap
 
 LONGEST_TILE, SHORTEST_TILE = 512, 64
 
 Segments = tuple[jax.Array, jax.Array] | None  # of queries [B, L] and keys [B, S]
+Partial = tuple[jax.Array, jax.Array]  # output, and log Z [B, H, L]
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -48,6 +49,7 @@ def blockwise_attention(
     mask: AttentionMask,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention tile by tile.
 
@@ -58,6 +60,7 @@ def blockwise_attention(
         mask: which keys each query attends to; its offset is a constant.
         scale: factor of the scores.
         softcap: soft cap of the scores; 0: none.
+        sinks_H: attention-sink logits.
 
     Returns:
         Output [B, L, H, K].
@@ -71,7 +74,11 @@ def blockwise_attention(
     own, other = mask.segments_BL, mask.key_segments_BS
     ids = None if own is None else (own, own if other is None else other)
     tiles = BlockwiseTiles(softcap, mask.window)
-    return _blockwise(q_BLHK, k_BSGK, v_BSGK, ids, mask.causal, tiles)
+    out_BLHK, log_z_BHL = _blockwise(q_BLHK, k_BSGK, v_BSGK, ids, mask.causal, tiles)
+    if sinks_H is not None:
+        beside_BLH = beside_sinks(log_z_BHL.swapaxes(1, 2), sinks_H)
+        out_BLHK *= beside_BLH[..., None].astype(out_BLHK.dtype)
+    return out_BLHK
 
 
 def _is_aligned(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) -> bool:
@@ -87,7 +94,7 @@ def _blockwise(
     ids: Segments,
     causal: bool,
     tiles: BlockwiseTiles,
-) -> jax.Array:
+) -> Partial:
     return _forward(q_BLHK, k_BSGK, v_BSGK, ids, causal, tiles)[0]
 
 
@@ -98,18 +105,19 @@ def _forward(
     ids: Segments,
     causal: bool,
     tiles: BlockwiseTiles,
-) -> tuple[jax.Array, tuple]:
+) -> tuple[Partial, tuple]:
     q, k, v = (x.swapaxes(1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
     out, log_z = tiles.forward(q, k, v, ids, causal)
     # A query without keys has no gradient.
     log_z = jnp.where(log_z > NEG_INF / 2, log_z, jnp.inf)
-    return out.swapaxes(1, 2).astype(q_BLHK.dtype), (q, k, v, ids, out, log_z)
+    return (out.swapaxes(1, 2).astype(q_BLHK.dtype), log_z), (q, k, v, ids, out, log_z)
 
 
-def _backward(causal: bool, tiles: BlockwiseTiles, residuals: tuple, g_BLHK: jax.Array) -> tuple:
+def _backward(causal: bool, tiles: BlockwiseTiles, residuals: tuple, gradients: Partial) -> tuple:
     q, k, v, ids, out, log_z = residuals
+    g_BLHK, of_log_z = gradients
     g = g_BLHK.swapaxes(1, 2)
-    delta = jnp.sum(g * out, axis=-1, dtype=jnp.float32)
+    delta = jnp.sum(g * out, axis=-1, dtype=jnp.float32) - of_log_z
     grads = tiles.backward(q, k, v, ids, causal, log_z, delta, out, g)
     return *(d.swapaxes(1, 2).astype(g_BLHK.dtype) for d in grads), None
 

@@ -128,7 +128,8 @@ def attention(
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)
     if sinks_H is not None:
-        weights_BGRLS *= beside_sinks(scores_BGRLS, sinks_H.reshape(G, -1, 1, 1))
+        log_z_BGRL1 = jax.nn.logsumexp(scores_BGRLS, axis=-1, keepdims=True)
+        weights_BGRLS *= beside_sinks(log_z_BGRL1, sinks_H.reshape(G, -1, 1, 1))
     if dropout is not None:
         keep = jax.random.bernoulli(dropout.key, 1 - dropout.rate, weights_BGRLS.shape)
         weights_BGRLS = jnp.where(keep, weights_BGRLS / (1 - dropout.rate), 0)
@@ -141,13 +142,13 @@ def attention(
     return out_BLGRK.reshape(B, L, H, -1).astype(q_BLHK.dtype)
 
 
-def beside_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
-    """Return the softmax mass left to the keys next to an attention sink, [..., L, 1].
+def beside_sinks(log_z: jax.Array, sinks: jax.Array) -> jax.Array:
+    """Return the softmax mass left to the keys next to an attention sink.
 
     A softmax over scores s and sink z is the softmax over s times Σ exp(s) / (Σ exp(s) + exp(z)).
 
     Args:
-        scores: scores [..., L, S].
-        sinks: sink logit of each head, broadcastable to [..., L, 1].
+        log_z: log-normalizer of each query over its keys, log Σ exp(s).
+        sinks: sink logit of each head, broadcastable to `log_z`.
     """
-    return jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sinks)
+    return jax.nn.sigmoid(log_z - sinks)

@@ -110,7 +110,7 @@ def _tokamax_mask(mask: AttentionMask, length: int, n_keys: int) -> Any:
     has_segments = mask.segments_BL is not None
     return Mask(
         k_start=start if has_segments or mask.window else None,
-        k_end=end if has_segments and not is_causal else None,
+        k_end=end if (has_segments or mask.window) and not is_causal else None,
         is_causal=is_causal,
     )
 

@@ -40,9 +40,11 @@ def bounds_by_query(
 
 def most_pairs(mask: AttentionMask, n_queries: int, n_keys: int) -> int:
     """Return the maximum number of query–key pairs per row; half of them if causal."""
-    if not mask.causal or mask.prefix_BS is not None:
-        return n_queries * n_keys
     window = mask.window if mask.window and mask.is_global is None else n_keys
+    if not mask.causal:
+        return n_queries * min(2 * (window // 2) + 1, n_keys)
+    if mask.prefix_BS is not None:
+        return n_queries * n_keys
     window = min(window, n_keys)
     return n_queries * window - window * window // 2
 

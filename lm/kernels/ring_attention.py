@@ -31,6 +31,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.kernels.dot_product_attention import beside_sinks
+
 SAVED = "ring_attention"  # checkpoint name by which remat policies keep the output
 NOWHERE = -1  # segment id of keys that no query attends to
 
@@ -110,6 +112,7 @@ def ring_attention(
     v_BLGK: jax.Array,
     segments_BL: jax.Array | None,
     prefix_BL: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     *,
     causal: bool,
     axis: str,
@@ -123,6 +126,7 @@ def ring_attention(
         v_BLGK: this device's values.
         segments_BL: segment ids that attention stays within, or None.
         prefix_BL: true for keys that earlier causal queries attend to as well, or None.
+        sinks_H: attention-sink logits, or None.
         causal: mask keys after the query.
         axis: mesh axis that shards the sequence.
         tiles: kernel that computes a step.
@@ -141,18 +145,21 @@ def ring_attention(
         arrays = jax.tree.map(partial(to_zigzag, axis=axis), arrays)
     q_BHLK, k_BGLK, v_BGLK = (x.swapaxes(1, 2) for x in arrays[:3])
     keys = RingKeys(k_BGLK, v_BGLK, arrays[3], prefix_ids_BL)
-    out_BLHK = _ring(q_BHLK, keys, causal, axis, tiles).swapaxes(1, 2)
+    out_BHLK, log_z_BHL = _ring(q_BHLK, keys, causal, axis, tiles)
+    if sinks_H is not None:
+        out_BHLK *= beside_sinks(log_z_BHL[..., None], sinks_H[:, None, None]).astype(q_BLHK.dtype)
+    out_BLHK = out_BHLK.swapaxes(1, 2)
     return from_zigzag(out_BLHK, axis) if zigzag else out_BLHK
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _ring(q_BHLK: jax.Array, keys: RingKeys, causal: bool, axis: str, tiles: Tiles) -> jax.Array:
+def _ring(q_BHLK: jax.Array, keys: RingKeys, causal: bool, axis: str, tiles: Tiles) -> Partial:
     return _forward(q_BHLK, keys, causal, axis, tiles)[0]
 
 
 def _forward(
     q_BHLK: jax.Array, keys: RingKeys, causal: bool, axis: str, tiles: Tiles
-) -> tuple[jax.Array, tuple]:
+) -> tuple[Partial, tuple]:
     ids_BL, arriving = keys.ids_BS, _send_to_next(keys, axis)
     parts = [
         tiles.forward(q_BHLK, own.k_BGSK, own.v_BGSK, _pair(ids_BL, own.ids_BS), is_cut)
@@ -188,15 +195,17 @@ def _forward(
     out_BHLK, log_z_BHL = attend(total, _seen(here, last, axis), last)
     out_BHLK = checkpoint_name(out_BHLK.astype(q_BHLK.dtype), SAVED)
     log_z_BHL = checkpoint_name(log_z_BHL, SAVED)
-    return out_BHLK, (q_BHLK, keys, out_BHLK, log_z_BHL)
+    return (out_BHLK, log_z_BHL), (q_BHLK, keys, out_BHLK, log_z_BHL)
 
 
 def _backward(
-    causal: bool, axis: str, tiles: Tiles, residuals: tuple, g_BHLK: jax.Array
+    causal: bool, axis: str, tiles: Tiles, residuals: tuple, gradients: Partial
 ) -> tuple[jax.Array, RingKeys]:
     q_BHLK, keys, out_BHLK, log_z_BHL = residuals
+    g_BHLK, of_log_z_BHL = gradients
     ids_BL, arriving = keys.ids_BS, _send_to_next(keys, axis)
-    delta_BHL = jnp.sum(g_BHLK * out_BHLK, axis=-1, dtype=jnp.float32)
+    # A score's gradient is its weight times (gradient · (value - output) + gradient of log Z).
+    delta_BHL = jnp.sum(g_BHLK * out_BHLK, axis=-1, dtype=jnp.float32) - of_log_z_BHL
     whole = slice(0, q_BHLK.shape[2])
 
     def of_pair(here: RingKeys, is_cut: bool, rows: slice, columns: slice) -> Grads:

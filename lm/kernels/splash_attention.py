@@ -50,7 +50,7 @@ def make_splash_kernel(
         length: queries L.
         n_keys: keys S; every query shard has all of them.
         causal: mask keys after the query. With several query shards, queries are in zig-zag order.
-        window: a causal query attends to the last `window` keys; 0: all.
+        window: window of the queries, as of `AttentionMask`; 0: all.
         offset: position of the first query among the keys.
         softcap: soft cap of the scores; 0: none.
         head_shards: number of devices that the heads are sharded over.
@@ -61,13 +61,14 @@ def make_splash_kernel(
         Kernel, a pytree for `splash_attention`.
     """
     splash = _splash()
-    mask: Any = splash.FullMask((length, n_keys))
-    if causal:
-        mask = splash.CausalMask((length, n_keys), offset)
-        if window:
-            mask = splash.LocalMask((length, n_keys), (window - 1, 0), offset)
-        if query_shards > 1:
-            mask.q_sequence = zigzag_order(length, query_shards).astype("int32")
+    shape = length, n_keys
+    if window:
+        sides = (window - 1, 0) if causal else (window // 2, window // 2)
+        mask: Any = splash.LocalMask(shape, sides, offset)
+    else:
+        mask = splash.CausalMask(shape, offset) if causal else splash.FullMask(shape)
+    if causal and query_shards > 1:
+        mask.q_sequence = zigzag_order(length, query_shards).astype("int32")
     block_q, block_kv = largest_block(length // query_shards), largest_block(n_keys)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * n_heads),
@@ -93,6 +94,7 @@ def splash_attention(
     v_BSGK: jax.Array,
     segments_BL: jax.Array | None,
     key_segments_BS: jax.Array | None,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Compute attention with a device's shard of the kernel from `make_splash_kernel`.
 
@@ -103,6 +105,7 @@ def splash_attention(
         v_BSGK: values.
         segments_BL: segment ids that attention stays within, or None.
         key_segments_BS: segment ids of the keys; None if they equal those of the queries.
+        sinks_H: attention-sink logits.
 
     Returns:
         Output [B, L, H, K].
@@ -112,7 +115,8 @@ def splash_attention(
         keys_BS = segments_BL if key_segments_BS is None else key_segments_BS
         segments = _splash().SegmentIds(segments_BL, keys_BS)
     by_head = (jnp.swapaxes(x, 1, 2) for x in (q_BLHK, k_BSGK, v_BSGK))
-    return jax.vmap(kernel)(*by_head, segments).swapaxes(1, 2)
+    of_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    return of_rows(*by_head, segments, sinks_H).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from lm.kernels.dot_product_attention import NEG_INF, AttentionMask
+from lm.kernels.dot_product_attention import NEG_INF, AttentionMask, beside_sinks
 from lm.kernels.mask_ranges import bounds_by_query, most_pairs
 
 LOG2_E = log2(2.718281828459045)
 LENGTH_UNIT = 64  # lengths are padded to a multiple of it, for large tiles
 WIDEST_HEAD = 256
+
+
+OutputAndLogZ = tuple[jax.Array, jax.Array]  # log Z to base 2 [B, H, L]
 
 
 class Scores(NamedTuple):
@@ -50,6 +53,7 @@ def triton_attention(
     mask: AttentionMask,
     scale: float,
     softcap: float = 0.0,
+    sinks_H: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -62,6 +66,7 @@ def triton_attention(
         mask: which keys each query attends to; the output of a query without keys is 0.
         scale: factor of the scores.
         softcap: soft cap of the scores; 0: none.
+        sinks_H: attention-sink logits.
         interpret: run on any platform, slowly, for tests.
 
     Returns:
@@ -78,18 +83,21 @@ def triton_attention(
     ranges = (jnp.broadcast_to(x, (B, L)) for x in bounds_by_query(mask, L, S))
     bounds = [padded(x.astype(jnp.int32)) for x in ranges]  # no key for added queries
     with jax.named_scope(f"attention_pairs_{most_pairs(mask, L, S)}"):
-        out = _attention(q, k, v, *bounds, Scores(scale, softcap, interpret))
+        out, log_z_BHL = _attention(q, k, v, *bounds, Scores(scale, softcap, interpret))
+    if sinks_H is not None:
+        beside_BHL = beside_sinks(log_z_BHL / LOG2_E, sinks_H[:, None])
+        out *= beside_BHL.swapaxes(1, 2)[..., None].astype(out.dtype)
     return out[:, :L, :, :K]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q: Any, k: Any, v: Any, start_BL: Any, end_BL: Any, how: Scores) -> jax.Array:
+def _attention(q: Any, k: Any, v: Any, start_BL: Any, end_BL: Any, how: Scores) -> OutputAndLogZ:
     return _forward(q, k, v, start_BL, end_BL, how)[0]
 
 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, start_BL: jax.Array, end_BL: jax.Array, how: Scores
-) -> tuple[jax.Array, tuple]:
+) -> tuple[OutputAndLogZ, tuple]:
     B, L, H, K = q.shape
     tiles = _tiles(L, k.shape[1], 128 if K <= 64 else 64, 64 if K <= 128 else 32)
     of_queries, of_bounds, of_keys, of_rows = _specs(tiles, q, k)
@@ -102,13 +110,16 @@ def _forward(
         "attention_forward",
         how,
     )(start_BL, end_BL, q, k, v)
-    return out, (q, k, v, start_BL, end_BL, out, log_z_BHL)
+    return (out, log_z_BHL), (q, k, v, start_BL, end_BL, out, log_z_BHL)
 
 
-def _backward(how: Scores, residuals: tuple, g: jax.Array) -> tuple:
+def _backward(how: Scores, residuals: tuple, gradients: OutputAndLogZ) -> tuple:
     q, k, v, start_BL, end_BL, out, log_z_BHL = residuals
+    g, of_log_z_BHL = gradients
     (B, L, H, K), (_, S, G, _) = q.shape, k.shape
     delta_BHL = jnp.einsum("BLHK,BLHK->BHL", out, g, preferred_element_type=jnp.float32)
+    # A score's gradient is its weight times (gradient · (value - output) + gradient of log Z).
+    delta_BHL -= of_log_z_BHL * LOG2_E
     tiles = _tiles(L, S, 64, 64 if K <= 128 else 32)
     of_queries, of_bounds, of_keys, of_rows = _specs(tiles, q, k)
     dq = _call(

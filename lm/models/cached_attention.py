@@ -109,7 +109,8 @@ def attend_to_cache(
         scores_BGRLS = jnp.where(mask_BLS[:, None, None], scores_BGRLS, NEG_INF)
     weights_BGRLS = jax.nn.softmax(scores_BGRLS, axis=-1)
     if sinks_H is not None:
-        weights_BGRLS *= beside_sinks(scores_BGRLS, sinks_H.reshape(G, -1, 1, 1))
+        log_z_BGRL1 = jax.nn.logsumexp(scores_BGRLS, axis=-1, keepdims=True)
+        weights_BGRLS *= beside_sinks(log_z_BGRL1, sinks_H.reshape(G, -1, 1, 1))
     weights_BGTS = weights_BGRLS.reshape(B, G, -1, S)
     if v_scale is not None:
         weights_BGTS *= v_scale.swapaxes(2, 3)

@@ -82,8 +82,10 @@ def attend_on_mesh(
         more: Any = {"softcap": softcap, "bias_HLS": bias_HLS, "sinks_H": sinks_H}
         more |= {"dropout": dropout}
         return attention(q_BLHK, k_BSGK, v_BSGK, mask, scale=scale, **more)
-    if sinks_H is not None or mask.window_BL is not None:
-        raise ValueError(f'attention kernel "{kernel}" has neither sinks nor chunks')
+    if mask.window_BL is not None:
+        mask = _chunks_as_segments(mask)
+    if sinks_H is not None and kernel not in WITH_SINKS:
+        raise ValueError(f'attention kernel "{kernel}" has no sinks')
     if kernel == "flash" and not ring:
         keys_values = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
         return _flash(q_BLHK, *keys_values, mask, scale, softcap, bias_HLS, dropout)
@@ -93,8 +95,22 @@ def attend_on_mesh(
         raise ValueError('attention kernel "cudnn" has no soft-cap')
     k_BSGK, v_BSGK = _for_every_shard(k_BSGK), _for_every_shard(v_BSGK)
     run = _across if ring else _splash if kernel == "splash" else _by_rows_and_heads
-    layer = partial(run, kernel=kernel, scale=scale, softcap=softcap)
+    layer = partial(run, kernel=kernel, scale=scale, softcap=softcap, sinks_H=sinks_H)
     return _by_window(layer, q_BLHK, k_BSGK, v_BSGK, mask)
+
+
+def _chunks_as_segments(mask: AttentionMask) -> AttentionMask:
+    """Return the mask of chunked self-attention as causal attention within segments.
+
+    Each chunk is a segment: its tokens have the position of its first token as their segment id.
+    """
+    assert mask.window_BL is not None
+    assert mask.key_segments_BS is None
+    chunks_BL = jnp.arange(mask.window_BL.shape[1]) - mask.window_BL + 1
+    if mask.is_global is not None:
+        texts_BL = jnp.zeros_like(chunks_BL) if mask.segments_BL is None else mask.segments_BL
+        chunks_BL = jnp.where(mask.is_global, texts_BL, chunks_BL)
+    return replace(mask, segments_BL=chunks_BL, window=0, window_BL=None, is_global=None)
 
 
 def _by_window(
@@ -134,19 +150,20 @@ def _by_rows_and_heads(
     kernel: str,
     scale: float,
     softcap: float,
+    sinks_H: jax.Array | None,
 ) -> jax.Array:
-    def local(q: Any, k: Any, v: Any, arrays: Any) -> jax.Array:
+    def local(q: Any, k: Any, v: Any, arrays: Any, sinks: Any) -> jax.Array:
         segments, key_segments, prefix = arrays
         own_mask = replace(
             mask, segments_BL=segments, key_segments_BS=key_segments, prefix_BS=prefix
         )
         inputs = (q, k, v, own_mask, scale)
         if kernel == "blockwise":
-            return blockwise_attention(*inputs, softcap)
+            return blockwise_attention(*inputs, softcap, sinks)
         if kernel == "triton":
             from lm.kernels.triton_attention import triton_attention
 
-            return triton_attention(*inputs, softcap)
+            return triton_attention(*inputs, softcap, sinks)
         from lm.kernels.gpu_attention import cudnn_attention, tokamax_attention
 
         if kernel == "cudnn":
@@ -156,8 +173,8 @@ def _by_rows_and_heads(
     # If the length is sharded, these are the keys of another sequence.
     rows, keys = (activation_sharding("batch", name).spec for name in ("length", "keys"))
     arrays = [mask.segments_BL, mask.key_segments_BS, mask.prefix_BS]
-    arguments = (q_BLHK, k_BSGK, v_BSGK, arrays)
-    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, [rows, keys, keys]))
+    arguments = (q_BLHK, k_BSGK, v_BSGK, arrays, sinks_H)
+    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, [rows, keys, keys], ("heads",)))
 
 
 def _flash(
@@ -208,17 +225,18 @@ def _across(
     kernel: str,
     scale: float,
     softcap: float,
+    sinks_H: jax.Array | None,
 ) -> jax.Array:
     """Run self-attention of a sharded sequence, as a ring or from the shards in the window."""
     by_splash = kernel == "splash"
     if mask.prefix_BS is not None and mask.window:
         raise ValueError("across parts of the sequence, attention has prefixes or windows")
 
-    def ring(q: Any, k: Any, v: Any, ids: Any, prefix: Any) -> jax.Array:
+    def ring(q: Any, k: Any, v: Any, *arrays: Any) -> jax.Array:
         causal, tiles = mask.causal, _ring_tiles(kernel, softcap)
-        return ring_attention(q, k, v, ids, prefix, causal=causal, axis=LENGTH_AXIS, tiles=tiles)
+        return ring_attention(q, k, v, *arrays, causal=causal, axis=LENGTH_AXIS, tiles=tiles)
 
-    def local(q: Any, k: Any, v: Any, ids: Any, _: Any) -> jax.Array:
+    def local(q: Any, k: Any, v: Any, ids: Any, _: Any, sinks: Any) -> jax.Array:
         L, reach = q.shape[1], mask.window - 1
         unit = largest_block(L) if by_splash else 1
         n = min(-(-reach // unit) * unit, k_BSGK.shape[1] - L)
@@ -226,17 +244,17 @@ def _across(
         ids = key_ids[:, n:]
         if not by_splash:
             own_mask = AttentionMask(True, ids, key_ids, n, window=mask.window)
-            return blockwise_attention(q, k, v, own_mask, 1.0, softcap)
+            return blockwise_attention(q, k, v, own_mask, 1.0, softcap, sinks)
         sizes = q.shape[2], L, L + n
         kernel = make_splash_kernel(
             *sizes, causal=True, window=mask.window, offset=n, softcap=softcap
         )
-        return splash_attention(kernel, q, k, v, ids, key_ids)
+        return splash_attention(kernel, q, k, v, ids, key_ids, sinks)
 
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
-    arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL, mask.prefix_BS)
+    arguments = (q_BLHK, k_BSGK, v_BSGK, mask.segments_BL, mask.prefix_BS, sinks_H)
     rows = ("batch", "length")
-    names = (QUERIES, QUERIES, QUERIES, rows, rows)
+    names = (QUERIES, QUERIES, QUERIES, rows, rows, ("heads",))
     return _shard_mapped(local if mask.window else ring, arguments, names)
 
 
@@ -257,36 +275,42 @@ def _splash(
     kernel: str,
     scale: float,
     softcap: float,
+    sinks_H: jax.Array | None,
 ) -> jax.Array:
     if mask.prefix_BS is not None:
         raise ValueError('attention kernel "splash" has no prefixes')
-    causal, axis = mask.causal, LENGTH_AXIS
-    zigzag = causal and count_shards("length") > 1
+    causal, axis, shards = mask.causal, LENGTH_AXIS, count_shards("length")
+    zigzag = causal and shards > 1
+    # Where all pairs are visible, every shard of the queries has the same kernel.
+    is_sharded = causal or mask.window
     splash = make_splash_kernel(
         q_BLHK.shape[2],
-        q_BLHK.shape[1],
+        q_BLHK.shape[1] // (1 if is_sharded else shards),
         k_BSGK.shape[1],
         causal=causal,
         window=mask.window,
         softcap=softcap,
         head_shards=count_shards("heads"),
-        query_shards=count_shards("length"),
+        query_shards=shards if is_sharded else 1,
     )
 
-    def local(q: Any, k: Any, v: Any, segments: Any, key_segments: Any, splash: Any) -> jax.Array:
+    def local(q: Any, k: Any, v: Any, segments: Any, *arrays: Any) -> jax.Array:
+        key_segments, sinks, splash = arrays
         if zigzag:
             q, segments = jax.tree.map(lambda x: to_zigzag(x, axis), (q, segments))
-        out = splash_attention(splash, q, k, v, segments, key_segments)
+        out = splash_attention(splash, q, k, v, segments, key_segments, sinks)
         return from_zigzag(out, axis) if zigzag else out
 
     q_BLHK = q_BLHK * jnp.asarray(scale, q_BLHK.dtype)
     segments_BL, key_segments_BS = mask.segments_BL, mask.key_segments_BS
     if key_segments_BS is None:
         key_segments_BS = segments_BL
-    arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, splash)
-    of_kernel = splash.manual_sharding_spec(activation_sharding("heads", "length"))
-    rows, keys = ("batch", "length"), ("batch", "keys")
-    return _shard_mapped(local, arguments, (QUERIES, KEYS, KEYS, rows, keys, of_kernel))
+    arguments = (q_BLHK, k_BSGK, v_BSGK, segments_BL, key_segments_BS, sinks_H, splash)
+    of_queries = activation_sharding("heads", "length" if is_sharded else "keys")
+    of_kernel = splash.manual_sharding_spec(of_queries)
+    rows, keys, heads = ("batch", "length"), ("batch", "keys"), ("heads",)
+    names = (QUERIES, KEYS, KEYS, rows, keys, heads, of_kernel)
+    return _shard_mapped(local, arguments, names)
 
 
 def _shard_mapped(
@@ -318,6 +342,8 @@ def _shard_mapped(
 # --- validation
 
 GPU_KERNELS = ("cudnn", "tokamax", "triton")
+WITH_SINKS = ("xla", "blockwise", "splash", "triton")
+BOTH_SIDED = ("xla", "splash", "tokamax", "triton")  # support windows on both sides of a query
 
 
 def kernel_problems(
@@ -337,7 +363,7 @@ def kernel_problems(
     of_gpu = kernel in GPU_KERNELS
     if context > 1 and (of_gpu or kernel == "blockwise") and not ring:
         yield "--config.parallel.context_attention=gather"
-    if model.window and model.family == "encoder" and (ring or kernel != "xla"):
+    if model.window and model.family == "encoder" and (ring or kernel not in BOTH_SIDED):
         yield _ring_or(ring, f"--config.model.window={model.window} of an encoder")
     if ring and kernel in ("flash", "tokamax", "triton"):
         yield "--config.parallel.context_attention=ring"
@@ -351,11 +377,8 @@ def kernel_problems(
     by_distance = kernel == "flash" and model.positions != "disentangled"
     if model.positions in POSITION_BIASES and not by_distance:
         yield _ring_or(ring, f"--config.model.positions={model.positions}")
-    if model.attention_sinks:
+    if model.attention_sinks and kernel not in WITH_SINKS:
         yield _ring_or(ring, "--config.model.attention_sinks=True")
-    longest = max(objective.attention_lengths(config).values(), default=0)
-    if model.window_chunks and longest > model.window:
-        yield _ring_or(ring, f"--config.model.window_chunks=True ({longest} tokens)")
     if model.attention_softcap and kernel == "cudnn":
         yield f"--config.model.attention_softcap={model.attention_softcap}"
     if objective.has_prefix and (kernel in ("blockwise", "splash") and not ring):
@@ -406,8 +429,14 @@ def _gpu_problems(
 
 
 def _has_segments(config: ConfigDict) -> bool:
-    """Return whether rows have several segments or padding: all but plain language models do."""
-    return config.objective.name != "causal" or config.data.isolate_documents
+    """Return whether rows have several segments or padding: all but plain language models do.
+
+    Chunked attention computes each chunk as a segment.
+    """
+    model = config.model
+    longest = max(OBJECTIVES[config.objective.name].attention_lengths(config).values(), default=0)
+    has_chunks = model.window_chunks and longest > model.window
+    return config.objective.name != "causal" or config.data.isolate_documents or has_chunks
 
 
 def _ring_or(ring: bool, problem: str) -> str:

@@ -26,6 +26,7 @@ MASKS = {
     "encoder": AttentionMask(False, PACKED),
     "window": AttentionMask(True, window=10),
     "packed window": AttentionMask(True, PACKED, window=10),
+    "encoder window": AttentionMask(False, PACKED, window=11),
     "global layer": AttentionMask(True, PACKED, window=10, is_global=jnp.array(True)),
     "prefix": AttentionMask(True, PACKED, prefix_BS=PREFIX),
     "prefix and window": AttentionMask(True, PACKED, prefix_BS=PREFIX, window=10),
@@ -67,12 +68,13 @@ def test_cudnn_describes_masks_without_segments_and_prefixes():
         ("packed window", 5.0, 16, (L, L)),
         ("prefix", 0.0, 16, (L, L)),
         ("encoder", 5.0, 16, (L, L)),
+        ("encoder window", 0.0, 16, (L, L)),
         ("cross", 0.0, 16, (L, L)),
         ("full", 0.0, 16, (50, 33)),
     ],
 )
 def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengths):
-    """Queries without any key, which plain attention gives the mean, are left out."""
+    """Attention with sinks; queries without any key, which get the mean there, are left out."""
     mask, keys = MASKS[name], jax.random.split(jax.random.key(0), 4)
     for field, n in zip(("segments_BL", "key_segments_BS"), lengths, strict=True):
         if (segments := getattr(mask, field)) is not None:
@@ -83,15 +85,17 @@ def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengt
         *((B, n_keys, 2, head_dim), (B, n_queries, 4, head_dim)),
     )
     q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    sinks = jnp.array([-2.0, 0.0, 1.5, 30.0])
     sees = jnp.asarray(as_array(mask, *lengths).any(2))[:, :, None, None]
     kernel = partial(triton_attention, interpret=True)
 
     def out_and_gradients(attend):
-        def loss(q, k, v):
-            out = jnp.where(sees, attend(q, k, v, mask, scale=0.3, softcap=softcap), 0)
+        def loss(q, k, v, sinks):
+            out = attend(q, k, v, mask, scale=0.3, softcap=softcap, sinks_H=sinks)
+            out = jnp.where(sees, out, 0)
             return (out * g).sum(), out
 
-        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
 
     found, expected = out_and_gradients(kernel), out_and_gradients(attention)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
