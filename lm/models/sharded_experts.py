@@ -314,8 +314,9 @@ def _grouped_linear(
     )
     if bias is not None:
         # The bias is also a product, whose gradient sums over groups.
-        kernel_E1F = bias.value[:, None]
-        y_SF += grouped_matmul(ones_S1, kernel_E1F, sizes_E, float32, float32, GroupedKernel())
+        ends_E, rows_S1 = jnp.cumsum(sizes_E), jnp.arange(len(x_SD))[:, None]
+        is_in_group_SE = (rows_S1 >= ends_E - sizes_E) & (rows_S1 < ends_E)
+        y_SF += matmul(is_in_group_SE * ones_S1, bias.value, dtype)
     return y_SF.astype(dtype)
 
 
