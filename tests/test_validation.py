@@ -304,6 +304,7 @@ VALUES = {
     "model.attention_dropout": (0.0, 0.1),
     "model.attention_softcap": (0.0, 5.0),
     "model.attention_sinks": (False, True),
+    "model.attention_gate": (False, True),
     "model.window_chunks": (False, True),
     "model.nope_every": (0, 1, 2),
     "model.nope_temperature": (0.0, 0.1),

@@ -149,6 +149,11 @@ COMMON_KEYS: dict[str, Key] = {
         "Add a learned sink logit per head to the softmax, so that a token can attend to nothing "
         "(gpt-oss).",
     ),
+    "model.attention_gate": Key(
+        False,
+        "Self-attention multiplies the outputs of its heads by sigmoids of the token, projected as "
+        "queries are (Qwen3-Next).",
+    ),
     "model.window": Key(
         0,
         "Sliding window of local layers, in tokens: in decoders including the token itself, in "

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lm.config.registries import OBJECTIVES, SCHEMA, TRANSFORMERS
+from lm.config.registries import OBJECTIVES, SCHEMA, STATE_SPACES, TRANSFORMERS
 
 _PATTERNS = {  # lists of layers, and the other ways to say the same
     "global_layers": ("global_every", "global_first"),
@@ -68,7 +68,7 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.value_residual={model.value_residual} is not for "
             f"--config.model.mixer={model.mixer}"
         )
-    for name in ("attention_sinks", *MULTIPLIERS):
+    for name in ("attention_sinks", "attention_gate", *MULTIPLIERS):
         if model[name] != SCHEMA[f"model.{name}"].default and not transformer:
             yield f"--config.model.{name} is not for --config.model.family={model.family}"
     if model.embedding_size and (model.mup_base_width or not transformer):
@@ -152,8 +152,8 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
         for other in others:
             if model[name] and model[other] != SCHEMA[f"model.{other}"].default:
                 yield f"--config.model.{name} and --config.model.{other} exclude each other"
-    if model.mixer == "mamba2":
-        yield from _mamba_rules(config)
+    if model.mixer in STATE_SPACES:
+        yield from _state_space_rules(config)
     if (model.mixer == "disentangled") != (model.positions == "disentangled"):
         yield (
             "--config.model.mixer=disentangled and --config.model.positions=disentangled need each "
@@ -169,6 +169,7 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
             yield f"--config.model.relative_buckets={model.relative_buckets} is odd"
         for name in (
             *("qk_norm", "attention_softcap", "attention_sinks", "window", "mup_base_width"),
+            "attention_gate",
         ):
             if model[name]:
                 yield f"--config.model.{name} is not for --config.model.mixer=disentangled"
@@ -185,18 +186,18 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
         yield f"--config.model.mixer=mla is not for --config.model.family={model.family}"
     if model.qk_norm:
         yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalizes latents"
-    for name in ("attention_sinks", "rope_norm", "nope_temperature"):
+    for name in ("attention_sinks", "attention_gate", "rope_norm", "nope_temperature"):
         if model[name]:
             yield f"--config.model.{name}={model[name]} is not for --config.model.mixer=mla"
 
 
-def _mamba_rules(config: ConfigDict) -> Iterator[str]:
-    model = config.model
+def _state_space_rules(config: ConfigDict) -> Iterator[str]:
+    model, named = config.model, f"--config.model.mixer={config.model.mixer}"
     if model.family != "decoder":
-        yield f"--config.model.mixer=mamba2 is not for --config.model.family={model.family}"
+        yield f"{named} is not for --config.model.family={model.family}"
     objective = config.objective.name
     if OBJECTIVES.entries[objective].has_prefix:
-        yield f"--config.model.mixer=mamba2 is not for --config.objective.name={objective}"
+        yield f"{named} is not for --config.objective.name={objective}"
     if model.ssm_heads % model.ssm_groups:
         yield (
             f"--config.model.ssm_heads={model.ssm_heads} is not divisible by "

@@ -141,27 +141,34 @@ class LatentAttentionOptions:
 
 @dataclass(frozen=True)
 class MambaOptions:
-    """Options of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060)."""
+    """Options of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) and Gated DeltaNet (2412.06464)."""
 
     ssm_heads: int = option(
-        8, "Mamba-2: heads; with ssm_head_dim they are usually 2 d_model wide.", low=1
+        8,
+        "Mamba-2: heads; with ssm_head_dim they are usually 2 d_model wide. Gated delta: value "
+        "heads.",
+        low=1,
     )
-    ssm_head_dim: int = option(64, "Mamba-2: channels per head.", low=1)
-    ssm_state: int = option(128, "Mamba-2: state size per channel.", low=1)
+    ssm_head_dim: int = option(
+        64, "Mamba-2: channels per head. Gated delta: value dimension per head.", low=1
+    )
+    ssm_state: int = option(
+        128, "Mamba-2: state size per channel. Gated delta: key dimension per head.", low=1
+    )
     ssm_groups: int = option(
-        1, "Mamba-2: groups of heads that share what states are written and read by.", low=1
+        1, "Mamba-2: groups of heads that share B and C. Gated delta: key heads.", low=1
     )
     ssm_conv: int = option(
-        4, "Mamba-2: tokens that the convolution sees, its own included.", low=2, high=256
+        4, "State spaces: tokens that the convolution sees, its own included.", low=2, high=256
     )
     ssm_chunk: int = option(
-        64, "Mamba-2: tokens of a chunk, all pairs of which are multiplied at once.", low=1
+        64, "State spaces: tokens of a chunk, all pairs of which are multiplied at once.", low=1
     )
-    ssm_bias: bool = option(False, "Mamba-2: biases of the projections.")
-    ssm_conv_bias: bool = option(True, "Mamba-2: biases of the convolution.")
+    ssm_bias: bool = option(False, "State spaces: biases of the projections.")
+    ssm_conv_bias: bool = option(True, "State spaces: biases of the convolution.")
     ssm_activation: str = option(
         "silu",
-        "Mamba-2: activation of the convolution's outputs.",
+        "State spaces: activation of the convolution's outputs.",
         choices=("silu", "relu", "gelu_tanh", "gelu_erf"),
     )
 
@@ -196,9 +203,13 @@ MIXERS = Registry(
             "lm.models.disentangled_attention:DisentangledAttention", DisentangledOptions
         ),
         "mla": Entry("lm.models.latent_attention:LatentAttention", LatentAttentionOptions),
-        "mamba2": Entry("lm.models.mamba:Mamba2", MambaOptions),
+        "mamba2": Entry("lm.models.mamba:Mamba2", MambaOptions, shared_with=("gated_delta",)),
+        "gated_delta": Entry(
+            "lm.models.gated_delta:GatedDelta", MambaOptions, shared_with=("mamba2",)
+        ),
     },
 )
+STATE_SPACES = ("mamba2", "gated_delta")  # mixers whose states pass through whole sequences
 
 
 @dataclass(frozen=True)

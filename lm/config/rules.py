@@ -21,9 +21,9 @@ FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),
     *("n_experts", "dense_layers", "window", "global_every", "rope_theta_local", "mixer"),
     *("mup_base_width", "mup_base_head_dim", "window_chunks", "attention_sinks", "rope_fraction"),
-    *("residual_multiplier", "embedding_multiplier", "logits_scaling", "value_residual"),
+    *("residual_multiplier", "embedding_multiplier", "logits_scaling", "value_residual", "n_mels"),
     *("first_norm", "embedding_size", "generator_width", "attention_layers", "feed_forward"),
-    *("n_mels", "nope_layers", "expert_layers", "global_layers", "n_encoder_heads"),
+    *("nope_layers", "expert_layers", "global_layers", "n_encoder_heads", "attention_gate"),
 )
 PATTERN_KEYS = ("optimizer.freeze", "lora.targets", "lora.train", "init.fresh", "init.leave")
 

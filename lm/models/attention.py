@@ -164,7 +164,8 @@ class DotProductAttention(nn.Module):
             return Linear((width,), (n, c.head_dim), names, role, bias, init, c.dtype)
 
         of_source = source_width, c.n_kv_heads, "kv_heads", key_std, source_role
-        self.query = heads("query", self.width, c.n_heads, "heads", query_std, role)
+        of_tokens = self.width, c.n_heads, "heads", query_std, role
+        self.query, self.output_gate = heads("query", *of_tokens), heads("output_gate", *of_tokens)
         self.key = heads("key", *of_source)
         self.value = heads("value", *of_source)
         self.out = Linear(
@@ -209,12 +210,12 @@ class DotProductAttention(nn.Module):
         bias_HLS: jax.Array | None = None,
         sinks_H: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the projected output of the heads, [B, L, D]."""
+        """Return the outputs of the heads, [B, L, H, K]."""
         c = self.config
         dropout = None
         if c.attention_dropout and not self.deterministic:
             dropout = Dropout(self.make_rng("dropout"), c.attention_dropout)
-        o_BLHK = attend(
+        return attend(
             q_BLHK,
             *keys_values,
             mask,
@@ -226,14 +227,14 @@ class DotProductAttention(nn.Module):
             sinks_H=sinks_H,
             dropout=dropout,
         )
-        return self.out(o_BLHK)
 
 
 class Attention(DotProductAttention, TokenMixer):
     """Self-attention; its cache holds keys and values of all tokens so far.
 
     With `attention_sinks` each head has a learned logit that is part of the softmax but has no
-    value (gpt-oss, OpenAI 2025, §2.2).
+    value (gpt-oss, OpenAI 2025, §2.2). With `attention_gate` sigmoids of the token multiply the
+    outputs of the heads (Qiu et al. 2025, arXiv 2505.06708).
     """
 
     def setup(self) -> None:
@@ -265,9 +266,11 @@ class Attention(DotProductAttention, TokenMixer):
         if self.config.attention_sinks:
             inputs = replace(inputs, sinks_H=self.sinks)
         if cache is None:
-            further = inputs.mask, inputs.bias_HLS, inputs.sinks_H
-            return self._attend(q_BLHK, keys_values, *further), None
-        o_BLHK, cache = attend_and_cache(self.config, q_BLHK, keys_values, inputs, cache, layer)
+            o_BLHK = self._attend(q_BLHK, keys_values, inputs.mask, inputs.bias_HLS, inputs.sinks_H)
+        else:
+            o_BLHK, cache = attend_and_cache(self.config, q_BLHK, keys_values, inputs, cache, layer)
+        if self.config.attention_gate:
+            o_BLHK *= jax.nn.sigmoid(self.output_gate(x_BLW))
         return self.out(o_BLHK), cache
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 # Projections with a bias, by values of --config.model.attention_bias.
 ATTENTION_BIASES = {
-    "all": ("query", "key", "value", "out"),
-    "no_key": ("query", "value", "out"),
-    "qkv": ("query", "key", "value"),
+    "all": ("query", "output_gate", "key", "value", "out"),
+    "no_key": ("query", "output_gate", "value", "out"),
+    "qkv": ("query", "output_gate", "key", "value"),
     "none": (),
 }
 
@@ -27,6 +27,7 @@ class AttentionConfig:
     attention_scale: float = 0.0
     attention_softcap: float = 0.0
     attention_sinks: bool = False
+    attention_gate: bool = False
     window: int = 0
     window_chunks: bool = False
     global_every: int = 0

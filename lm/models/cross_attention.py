@@ -30,4 +30,4 @@ class CrossAttention(DotProductAttention):
         """
         if is_cached:
             return self.out(attend_to_cache(self.config, self.queries(x_BLW), keys_values, mask))
-        return self._attend(self.queries(x_BLW), keys_values, mask)
+        return self.out(self._attend(self.queries(x_BLW), keys_values, mask))

@@ -103,7 +103,8 @@ class DisentangledAttention(Attention):
             q_RHK = (self.queries if o.relative_shared else self.position_query)(table_1RD)[0]
             bias_BHLL += _pick(k_BLHK, q_RHK * share, rows_LL.T).swapaxes(2, 3)
         bias_BHLL *= c.score_scale
-        return self._attend(q_BLHK, (k_BLHK, v_BLHK), inputs.mask, bias_BHLL), None
+        o_BLHK = self._attend(q_BLHK, (k_BLHK, v_BLHK), inputs.mask, bias_BHLL)
+        return self.out(o_BLHK), None
 
 
 def _pick(x_BLHK: jax.Array, table_RHK: jax.Array, rows_LL: np.ndarray) -> jax.Array:

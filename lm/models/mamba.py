@@ -1,7 +1,8 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, §7): a token mixer with a cache of constant size.
 
 Each head is a recurrence of `lm/kernels/state_space.py`, whose inputs pass through a short causal
-convolution. A cache holds the last inputs of the convolution and the states.
+convolution. A cache holds the last inputs of the convolution and the states. `gated_delta.py` is
+the same with another recurrence.
 
 Shape letters: B batch, L query length, D model, W width of the input, H heads, P head dim,
 G groups of heads, N state, K taps of the convolution, M = K - 1 + L.
@@ -9,7 +10,7 @@ G groups of heads, N state, K taps of the convolution, M = K - 1 + L.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -29,7 +30,7 @@ from lm.parallel.mesh import constrain
 
 SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # at initialization, as in the paper's code
 FASTEST_DECAY = 16.0
-INPUTS = ("x", "B", "C")  # that are convolved
+OF_HEADS, OF_GROUPS = ("heads", "head_dim"), ("kv_heads", "head_dim")  # logical axes
 
 
 @flax.struct.dataclass
@@ -47,8 +48,14 @@ class MambaCache:
     segment: jax.Array
 
 
-class Mamba2(TokenMixer):
-    """Mamba-2: projections, convolution, recurrence, and a gated RMSNorm of the outputs."""
+class StateSpaceMixer(TokenMixer):
+    """Projections, convolution, recurrence, and a gated norm of the outputs.
+
+    Three inputs are convolved: one of all heads, and two of groups of heads. A subclass defines the
+    recurrence and the norm.
+    """
+
+    INPUTS: ClassVar[tuple[str, str, str]]
 
     @classmethod
     def head_widths(cls, model: Any) -> tuple[int, int]:
@@ -56,55 +63,61 @@ class Mamba2(TokenMixer):
         return (model.head_dim, model.head_dim) if model.attention_layers else (0, 0)
 
     @classmethod
+    def sizes(cls, options: MambaOptions) -> dict[str, tuple[int, int]]:
+        """Return the number of heads and their width for each input."""
+        heads, group = (
+            (options.ssm_heads, options.ssm_head_dim),
+            (options.ssm_groups, options.ssm_state),
+        )
+        return dict(zip(cls.INPUTS, (heads, group, group), strict=True))
+
+    @classmethod
     def init_cache(
         cls, config: TransformerConfig, n_layers: int, batch: int, length: int
     ) -> MambaCache:
         """Return the state before any token; `length` has no effect."""
         o, leading = config.mixer_options, (n_layers, batch)
-        sizes = _sizes(o)
         taps = {
-            name: jnp.zeros((*leading, o.ssm_conv - 1, *sizes[name]), config.dtype)
-            for name in INPUTS
+            name: jnp.zeros((*leading, o.ssm_conv - 1, *size), config.dtype)
+            for name, size in cls.sizes(o).items()
         }
-        state = jnp.zeros((*leading, *sizes["x"], o.ssm_state))
+        state = jnp.zeros((*leading, o.ssm_heads, o.ssm_head_dim, o.ssm_state))
         return MambaCache(taps, state, jnp.zeros(leading, jnp.int32))
 
     def setup(self) -> None:
         c, o = self.config, self.config.mixer_options
-        sizes, role = _sizes(o), Role(Kind.MATRIX, c.stream)
-        vector = Role(Kind.BIAS, c.stream)
-
-        def linear(shape: tuple[int, ...], *names: str) -> Linear:
-            init = c.kernel_init(c.std(self.width, int(np.prod(shape))))
-            names = "embed", *names
-            return Linear((self.width,), shape, names, role, o.ssm_bias, init, c.dtype)
-
-        heads = sizes["x"]
-        axes = _NAMES
-        self.gate = linear(heads, *axes["x"])
-        self.inputs = {name: linear(sizes[name], *axes[name]) for name in INPUTS}
-        self.step = linear(heads[:1], "heads")
+        sizes, vector = self.sizes(o), Role(Kind.BIAS, c.stream)
+        heads, *_ = sizes.values()
+        axes = dict(zip(self.INPUTS, (OF_HEADS, OF_GROUPS, OF_GROUPS), strict=True))
+        self.gate = self.linear(heads, *OF_HEADS)
+        self.inputs = {name: self.linear(size, *axes[name]) for name, size in sizes.items()}
+        self.step = self.linear(heads[:1], "heads")
         self.convolutions = {
-            name: Convolution(sizes[name], o, axes[name], vector) for name in INPUTS
+            name: Convolution(size, o, axes[name], vector) for name, size in sizes.items()
         }
-
-        def of_heads(name: str, init: Any) -> jax.Array:
-            return param(self, name, init, heads[:1], ("heads",), vector)
-
-        self.decay = of_heads("log_decay", _log_decays)
-        self.step_bias = of_heads("step_bias", _step_biases)
-        self.skip = of_heads("skip", jax.nn.initializers.ones)
-        norm = Role(Kind.NORM, c.stream)
-        self.scale = param(self, "scale", jax.nn.initializers.ones, heads, axes["x"], norm)
+        self.decay = self.of_heads("log_decay", _log_decays)
+        self.step_bias = self.of_heads("step_bias", _step_biases)
         out = c.kernel_init(c.residual_std(int(np.prod(heads)), c.d_model))
-        names = *axes["x"], "embed"
+        names, role = (*OF_HEADS, "embed"), Role(Kind.MATRIX, c.stream)
         self.output = Linear(heads, (c.d_model,), names, role, o.ssm_bias, out, c.dtype)
+
+    def linear(self, shape: tuple[int, ...], *names: str) -> Linear:
+        """Build a projection of the tokens to `shape`, whose logical axes are `names`."""
+        c = self.config
+        init = c.kernel_init(c.std(self.width, int(np.prod(shape))))
+        names, role = ("embed", *names), Role(Kind.MATRIX, c.stream)
+        return Linear((self.width,), shape, names, role, c.mixer_options.ssm_bias, init, c.dtype)
+
+    def of_heads(self, name: str, init: Any) -> jax.Array:
+        """Create a parameter with one number per head."""
+        n = (self.config.mixer_options.ssm_heads,)
+        return param(self, name, init, n, ("heads",), Role(Kind.BIAS, self.config.stream))
 
     def __call__(
         self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
     ) -> tuple[jax.Array, Any]:
         """Update the states with these tokens; padding leaves them unchanged."""
-        c, o = self.config, self.config.mixer_options
+        c = self.config
         if cache is None:
             own = jax.tree.map(lambda x: x[0], self.init_cache(c, 1, x_BLW.shape[0], 0))
         else:
@@ -113,45 +126,84 @@ class Mamba2(TokenMixer):
         if segments_BL is None:
             segments_BL = jnp.ones(x_BLW.shape[:2], jnp.int32)
         ids_BL, is_token_BL, segment_B = _number_texts(segments_BL, own.segment)
-        convolved, taps = {}, {}
-        for name in INPUTS:
-            x = constrain(self.inputs[name](x_BLW), "batch", "length", *_NAMES[name])
+        convolved, taps = [], {}
+        for name in self.INPUTS:
             convolve = self.convolutions[name]
-            convolved[name], taps[name] = convolve(x, own.taps[name], ids_BL, is_token_BL)
-        x_BLHP = convolved["x"]
+            x = constrain(self.inputs[name](x_BLW), "batch", "length", *convolve.names)
+            y, taps[name] = convolve(x, own.taps[name], ids_BL, is_token_BL)
+            convolved.append(y)
+        is_token_BL1 = is_token_BL[..., None]
         dt_BLH = jax.nn.softplus(self.step(x_BLW).astype(jnp.float32) + self.step_bias)
-        y_BLHP, state = state_space(
-            x_BLHP,
-            dt_BLH * is_token_BL[..., None],
-            -jnp.exp(self.decay),
-            convolved["B"],
-            convolved["C"],
-            ids_BL,
-            own.state,
-            o.ssm_chunk,
-        )
-        y_BLHP += self.skip[:, None] * x_BLHP
-        y_BLHP *= jax.nn.silu(self.gate(x_BLW).astype(jnp.float32))
-        y_BLHP = self._normalize(constrain(y_BLHP, "batch", "length", *_NAMES["x"]))
+        dt_BLH *= is_token_BL1
+        y_BLHP, state = self.recur(x_BLW, convolved, dt_BLH, is_token_BL1, ids_BL, own.state)
+        y_BLHP = self.gated_norm(y_BLHP, self.gate(x_BLW).astype(jnp.float32))
         if cache is not None and layer is not None:
             cache, _ = write_layer(cache, layer, MambaCache(taps, state, segment_B))
         return self.output(y_BLHP.astype(c.dtype)), cache
 
-    def _normalize(self, y_BLHP: jax.Array) -> jax.Array:
-        """Divide by the root mean square over the heads of each group."""
+    def recur(
+        self,
+        x_BLW: jax.Array,
+        convolved: list[jax.Array],
+        dt_BLH: jax.Array,
+        is_token_BL1: jax.Array,
+        ids_BL: jax.Array,
+        state_BHPN: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run the recurrence.
+
+        Args:
+            x_BLW: tokens.
+            convolved: convolved inputs, [B, L, H, P] and twice [B, L, G, N], float32.
+            dt_BLH: step sizes, 0 for padding.
+            is_token_BL1: false for padding.
+            ids_BL: numbers of texts, from `_number_texts`.
+            state_BHPN: states before the first token.
+
+        Returns:
+            Outputs [B, L, H, P] and the states after the last token, float32.
+        """
+        raise NotImplementedError
+
+    def gated_norm(self, y_BLHP: jax.Array, gate_BLHP: jax.Array) -> jax.Array:
+        """Normalize the outputs, and multiply by the gate's SiLU; all float32."""
+        raise NotImplementedError
+
+
+class Mamba2(StateSpaceMixer):
+    """Mamba-2: each token also adds its input to its output, and the norm is of gated outputs."""
+
+    INPUTS = ("x", "B", "C")
+
+    def setup(self) -> None:
+        super().setup()
+        self.skip = self.of_heads("skip", jax.nn.initializers.ones)
+        o, norm = self.config.mixer_options, Role(Kind.NORM, self.config.stream)
+        shape, ones = (o.ssm_heads, o.ssm_head_dim), jax.nn.initializers.ones
+        self.scale = param(self, "scale", ones, shape, OF_HEADS, norm)
+
+    def recur(
+        self,
+        x_BLW: jax.Array,
+        convolved: list[jax.Array],
+        dt_BLH: jax.Array,
+        is_token_BL1: jax.Array,
+        ids_BL: jax.Array,
+        state_BHPN: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run the recurrence of `lm/kernels/state_space.py`."""
+        x_BLHP, b_BLGN, c_BLGN = convolved
+        further = b_BLGN, c_BLGN, ids_BL, state_BHPN, self.config.mixer_options.ssm_chunk
+        y_BLHP, state = state_space(x_BLHP, dt_BLH, -jnp.exp(self.decay), *further)
+        return y_BLHP + self.skip[:, None] * x_BLHP, state
+
+    def gated_norm(self, y_BLHP: jax.Array, gate_BLHP: jax.Array) -> jax.Array:
+        """Multiply by the gate, and divide by the root mean square over the heads of each group."""
+        y_BLHP = constrain(y_BLHP * jax.nn.silu(gate_BLHP), "batch", "length", *OF_HEADS)
         shape = y_BLHP.shape
         y = y_BLHP.reshape(*shape[:2], self.config.mixer_options.ssm_groups, -1, shape[-1])
         y *= jax.lax.rsqrt(jnp.square(y).mean((-2, -1), keepdims=True) + self.config.norm_eps)
         return y.reshape(shape) * self.scale
-
-
-_NAMES = {"x": ("heads", "head_dim"), "B": ("kv_heads", "head_dim"), "C": ("kv_heads", "head_dim")}
-
-
-def _sizes(options: MambaOptions) -> dict[str, tuple[int, int]]:
-    """Return the number of heads and their width for each input."""
-    group = options.ssm_groups, options.ssm_state
-    return {"x": (options.ssm_heads, options.ssm_head_dim), "B": group, "C": group}
 
 
 def _number_texts(

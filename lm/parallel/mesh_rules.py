@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lm.config.registries import MODELS, OBJECTIVES, TRANSFORMERS
+from lm.config.registries import MODELS, OBJECTIVES, STATE_SPACES, TRANSFORMERS
 from lm.errors import UserError
 from lm.parallel.mesh import BATCH_AXES, CONFIG_KEYS, PARAMETERS, parameter_axes
 
@@ -99,10 +99,10 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
             f"--config.parallel.mesh.context={context} needs attention: "
             f"--config.model.family={config.model.family} has none over the sequence"
         )
-    if context > 1 and config.model.mixer == "mamba2":
+    if context > 1 and config.model.mixer in STATE_SPACES:
         yield (
-            f"--config.parallel.mesh.context={context} is not for --config.model.mixer=mamba2, "
-            "whose states pass through whole sequences"
+            f"--config.parallel.mesh.context={context} is not for --config.model.mixer="
+            f"{config.model.mixer}, whose states pass through whole sequences"
         )
     # Ring attention assigns two chunks of the sequence to each device, to balance causal work.
     divisor = 2 * context if context > 1 else 1
@@ -125,7 +125,7 @@ def _parameter_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[s
         axes += [(axis, key)] if model[key] else []
     if model.embedding_size:
         axes += [("embed", "embedding_size")]
-    if model.mixer == "mamba2":
+    if model.mixer in STATE_SPACES:
         axes += [("heads", "ssm_heads")]
     if model.n_experts:
         axes += [("experts", "n_experts"), ("mlp", "expert_d_ff"), ("mlp", "shared_expert_d_ff")]

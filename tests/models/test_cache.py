@@ -50,7 +50,9 @@ MIXES = {
         "n_experts": 3, "router_scores": "sigmoid", "expert_weights_input": True,
         "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0,
     },
-    "sinks in tiles": {"attention_sinks": True, "attention": "tiled", "n_kv_heads": 2},
+    "sinks in tiles": {
+        "attention_sinks": True, "attention_gate": True, "attention": "tiled", "n_kv_heads": 2,
+    },
 }  # fmt: skip
 LENGTH, PREFILL = 12, 6
 LENGTHS = np.array([4, 6, 1])  # of the prompts, padded on the left to PREFILL

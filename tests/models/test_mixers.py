@@ -119,6 +119,7 @@ CONFIGS = {
     "mamba hybrid": TransformerConfig(
         **FIELDS | MAMBA | {"attention_layers": (1, 3), "feed_forward": True}
     ),
+    "gated delta": TransformerConfig(**FIELDS | MAMBA | {"mixer": "gated_delta"}),
     "mla": TransformerConfig(**FIELDS | MLA),
     "latent": TransformerConfig(**FIELDS | {"mixer": "latent", "mixer_options": LatentOptions()}),
     "linear": TransformerConfig(**FIELDS | {"mixer": "linear"}),
@@ -164,14 +165,15 @@ def test_cached_decoding_gives_the_full_forward_pass(model, params):
 def test_each_mixer_has_a_cache_for_its_own_layers(model):
     shapes = jax.tree.map(lambda x: x.shape, model.empty_cache(3, 7).mixers)
     linear, attention = (3, 4, 8, 8), (3, 4, 7, 8)
-    taps = {"B": (3, 3, 2, 6), "C": (3, 3, 2, 6), "x": (3, 3, 4, 8)}
 
-    def mamba(n):
+    def mamba(n, x="x", b="B", c="C"):
+        taps = {x: (3, 3, 4, 8), b: (3, 3, 2, 6), c: (3, 3, 2, 6)}
         return MambaCache({k: (n, *s) for k, s in taps.items()}, (n, 3, 4, 8, 6), (n, 3))
 
     expected = {
         "mamba": {"mamba2": mamba(4)},
         "mamba hybrid": {"attention": ((2, *attention), (2, *attention)), "mamba2": mamba(2)},
+        "gated delta": {"gated_delta": mamba(4, "v", "k", "q")},
         "latent": {"latent": (4, 3, 7, 6)},
         "mla": {"mla": ((4, 3, 1, 7, 6 + 8),)},  # of the latent and the rotated key
         "linear": {"linear": (4, *linear)},
