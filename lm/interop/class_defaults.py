@@ -216,6 +216,13 @@ CLASS_DEFAULTS: Mapping[str, Defaults] = {
     "qwen3_moe": _QWEN_MOE
     | {"intermediate_size": 6144, "num_key_value_heads": 4, "moe_intermediate_size": 768}
     | {"num_experts_per_tok": 8},
+    "qwen3_next": _QWEN_MOE
+    | {"intermediate_size": 5632, "num_hidden_layers": 48, "num_attention_heads": 16}
+    | {"num_key_value_heads": 2, "head_dim": 256, "moe_intermediate_size": 512}
+    | {"shared_expert_intermediate_size": 512, "num_experts": 512, "num_experts_per_tok": 10}
+    | {"norm_topk_prob": True, "linear_conv_kernel_dim": 4}
+    | {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    | {"linear_num_key_heads": 16, "linear_num_value_heads": 32},
     "olmo2": _OLMO,
     "olmo3": _OLMO | {"sliding_window": 4096},
     "olmoe": _OLMO

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lm.config.model_rules import least_distance, rotary_problems, rotary_width
+from lm.config.registries import STATE_SPACES
 from lm.config.registry import option_keys
 from lm.errors import UserError
 from lm.interop.class_defaults import ALIASES, CLASS_DEFAULTS
@@ -97,6 +98,7 @@ class Family:
         renamed: patterns of old tensor names, and their replacements.
         in_file: fields determined by the tensors of a file, not by config.json.
         fused: file tensors that contain several of the table (`fused_tensors.py`).
+        alternating: number of times that the parts of a fused tensor alternate in it; else once.
         constants: tensors with the same values in all models of a configuration.
         adapted: returns the tensors of a file as a model of this configuration has them.
         further_files: required contents of other JSON files of a folder, by name, if they exist.
@@ -122,6 +124,7 @@ class Family:
     renamed: Mapping[str, str] = field(default_factory=dict)
     in_file: Sequence[str] = ()
     fused: Fused = field(default_factory=dict)
+    alternating: Mapping[str, Callable[[TransformerConfig], int]] = field(default_factory=dict)
     constants: Mapping[str, Callable[[TransformerConfig], np.ndarray]] = field(default_factory=dict)
     adapted: Callable[[Values, dict[str, StoredTensor]], dict[str, StoredTensor]] = _unchanged
     further_files: Mapping[str, Callable[[TransformerConfig], Values]] = field(default_factory=dict)
@@ -438,7 +441,9 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
     kinds = c.layer_types(c.n_layers)
     if all(kind.feed_forward == "none" for kind in kinds):
         unused |= {"d_ff", "activation", "bias"}
-    if all(kind.mixer == "mamba2" for kind in kinds):
+    if c.mixer in STATE_SPACES:
+        del values["mixer_options"]["ssm_chunk"]
+    if all(kind.mixer in STATE_SPACES for kind in kinds):
         unused |= {"n_heads", "n_kv_heads", "head_dim", "attention_biases"}
         unused |= {"attention_scale", "qk_norm", "rope_fraction"}
     if model != "encoder_decoder":

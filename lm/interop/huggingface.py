@@ -104,9 +104,10 @@ def convert(
         for name, values in family.constants.items()
         if not replaces_output
     ]
+    times = {name: count(config) for name, count in family.alternating.items()}
     tensors = [
         replace(tensor, name=family.renamed_to(class_name, tensor.name))
-        for tensor in fuse(family.fused, config.n_layers, tensors)
+        for tensor in fuse(family.fused, times, config.n_layers, tensors)
     ]
     has_classes = any(path.startswith("classifier/") for path in leaves)
     of_table = mappings, shapes

@@ -29,6 +29,7 @@ from lm.interop import (
     mamba_families,
     modernbert,
     olmo,
+    qwen3_next,
     qwen_moe,
     small_models,
     t5,
@@ -78,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN3,
         qwen_moe.QWEN2_MOE,
         qwen_moe.QWEN3_MOE,
+        qwen3_next.QWEN3_NEXT,
         olmo.OLMO2,
         olmo.OLMO3,
         olmo.OLMOE,
@@ -251,7 +253,8 @@ def open_model_folder(path: Path) -> ModelFolder:
     stored, replaced = _without_copies(path, family, tied, stored)
     found = ModelFolder(family, config, heads, stored, about, (*further, *unused, *replaced))
     if family.fused:
-        parts = split(path, family.fused, config.n_layers, found.shapes, stored)
+        times = {name: count(config) for name, count in family.alternating.items()}
+        parts = split(path, family.fused, times, config.n_layers, found.shapes, stored)
         found = replace(found, stored=parts)
     found.check(path)
     return found
@@ -297,14 +300,16 @@ def _by_table_name(family: Family, stored: Mapping[str, StoredTensor]) -> dict[s
 
 
 def _further_layers(about: Values, config: TransformerConfig, stored: Collection[str]) -> list[str]:
-    """Return the tensors of extra layers, which predict tokens beyond the next (DeepSeek-V3)."""
+    """Return the tensors of extra layers, which predict tokens beyond the next.
+
+    DeepSeek-V3 numbers them like the others; Qwen3-Next calls them "mtp".
+    """
     n_further = about.get("num_nextn_predict_layers")
     if n_further is None:
         n_further = sum(name.endswith(".eh_proj.weight") for name in stored)
-    if not isinstance(n_further, int):
-        return []
-    starts = tuple(f"model.layers.{config.n_layers + i}." for i in range(min(n_further, 64)))
-    return sorted(name for name in stored if name.startswith(starts))
+    n_further = n_further if isinstance(n_further, int) else 0
+    starts = [f"model.layers.{config.n_layers + i}." for i in range(min(n_further, 64))]
+    return sorted(name for name in stored if name.startswith(("mtp.", *starts)))
 
 
 def _without_constants(

@@ -454,6 +454,31 @@ DECODERS |= {
         | {"hidden_size": 40, "hidden_act": "relu", "mamba_conv_bias": False},  # 5 of 10 rotate
     ),
 }
+QWEN3_NEXT = LLAMA | {
+    "full_attention_interval": 2,
+    "rms_norm_eps": 1e-3,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 10,
+}
+DECODERS |= {
+    "qwen3-next": ("Qwen3NextForCausalLM", QWEN3_NEXT),
+    "qwen3-next-irregular": (
+        "Qwen3NextForCausalLM",
+        QWEN3_NEXT
+        | {"layer_types": ["full_attention", *["linear_attention"] * 2], "mlp_only_layers": [1]}
+        | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3}
+        | {"norm_topk_prob": False, "tie_word_embeddings": True, "attention_bias": True}
+        | {"hidden_act": "gelu", "rope_parameters": YARN_ALL_ROPE | {"partial_rotary_factor": 0.5}},
+    ),
+}
 ENCODER_DECODERS = {
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": (

@@ -105,6 +105,7 @@ GROWING = [
     "deepseek-v3",
     "mamba2",
     "bamba",
+    "qwen3-next",
 ]
 GROWING += ["gpt-oss", "llama4", "smollm3", "granite", "phi3-window", "stablelm"]
 
@@ -200,14 +201,18 @@ def test_export_of_an_import_is_what_was_imported(make_theirs, name, tmp_path):
     again, loading = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(loading[what] for what in ("missing_keys", "unexpected_keys"))
     inputs = {"decoder_input_ids": tokens(1)} if name in ENCODER_DECODERS else {}
-    np.testing.assert_array_equal(
-        their_logits(again.eval(), tokens(), **inputs), their_logits(theirs, tokens(), **inputs)
+    np.testing.assert_allclose(
+        their_logits(again.eval(), tokens(), **inputs),
+        their_logits(theirs, tokens(), **inputs),
+        rtol=0,
+        atol=1e-5 if name.startswith("qwen3-next") else 0,  # torch's triangular solver
     )
 
 
 PACKED = [
     "mamba2-groups",
     "bamba",
+    "qwen3-next",
     "gpt2",
     "llama-3.1",
     "mixtral",
