@@ -23,7 +23,7 @@ from lm.interop.llama import (
     write_common,
     write_rope,
 )
-from lm.interop.qwen_moe import FEED_FORWARDS, read_mixture, write_mixture
+from lm.interop.qwen_moe import FEED_FORWARDS, read_qwen_experts, write_qwen_experts
 from lm.interop.tensor_mapping import TensorMapping, linear_mappings, same_layout
 from lm.models.transformer_config import TransformerConfig
 
@@ -57,7 +57,7 @@ def _read(hf: Values) -> Values:
         raise UnsupportedConfig(f"config.json: inconsistent sizes of {LINEAR}: {sizes}")
     activation = lm_word(hf, "hidden_act", ACTIVATIONS, "silu")
     options = MambaOptions(**sizes, ssm_conv_bias=False, ssm_activation=activation)
-    rope, found = read_rope(hf, partial=_PARTIAL), read_mixture(hf)
+    rope, found = read_rope(hf, partial=_PARTIAL), read_qwen_experts(hf)
     if found["n_experts"]:
         found["shared_expert_d_ff"] = read_size(hf, "shared_expert_intermediate_size")
     biases = {"attention_bias": "all" if hf.get("attention_bias") else "none"}
@@ -72,7 +72,7 @@ def _write(config: TransformerConfig) -> Values:
     return (
         write_common(c)
         | write_rope(c, _PARTIAL)
-        | write_mixture(c)
+        | write_qwen_experts(c)
         | {name: getattr(o, field) for name, field in _SIZES.items()}
         | {
             "shared_expert_intermediate_size": c.shared_expert_d_ff,

@@ -90,7 +90,7 @@ def read_sparse_layers(is_sparse: list[bool]) -> Values:
     return {"dense_layers": first, "experts_every": every}
 
 
-def read_mixture(hf: Values) -> Values:
+def read_qwen_experts(hf: Values) -> Values:
     """Read the experts, their width, and which layers have them."""
     n_layers, step = read_size(hf, "num_hidden_layers"), hf.get("decoder_sparse_step", 1)
     plain = {*(hf.get("mlp_only_layers") or ())}
@@ -103,7 +103,7 @@ def read_mixture(hf: Values) -> Values:
     return found | layers if layers else {"n_experts": 0}
 
 
-def write_mixture(config: TransformerConfig) -> Values:
+def write_qwen_experts(config: TransformerConfig) -> Values:
     """Write the experts, their width, and which layers have them."""
     plain = [i for i, sparse in enumerate(sparse_layers(config)) if not sparse]
     layers = {"decoder_sparse_step": 1, "mlp_only_layers": plain}
@@ -118,7 +118,7 @@ def _read_qwen2_moe(hf: Values) -> Values:
     local = [used and i % 2 == 0 and i < hf["max_window_layers"] for i in range(n_layers)]
     default = [LOCAL if is_local else GLOBAL for is_local in local]
     types: Values = {"layer_types": default} | hf
-    found = read_mixture(hf)
+    found = read_qwen_experts(hf)
     if found["n_experts"]:
         found["shared_expert_d_ff"] = read_size(hf, shared)
     biases = {"attention_bias": "qkv" if hf.get("qkv_bias", True) else "none"}
@@ -128,7 +128,7 @@ def _read_qwen2_moe(hf: Values) -> Values:
 def _write_qwen2_moe(config: TransformerConfig) -> Values:
     return (
         write_decoder(config)
-        | write_mixture(config)
+        | write_qwen_experts(config)
         | {
             "shared_expert_intermediate_size": config.shared_expert_d_ff,
             "qkv_bias": "query" in config.attention_biases,
@@ -144,13 +144,13 @@ def _read_qwen3_moe(hf: Values) -> Values:
     hf = {"moe_intermediate_size": 768} | hf
     window = one_window(hf, 4096) if hf.get("use_sliding_window") else {"window": 0}
     biases = {"attention_bias": "all" if hf.get("attention_bias") else "none"}
-    return read_decoder(hf) | read_mixture(hf) | window | biases
+    return read_decoder(hf) | read_qwen_experts(hf) | window | biases
 
 
 def _write_qwen3_moe(config: TransformerConfig) -> Values:
     window = write_one_window(config) | {"use_sliding_window": bool(config.window)}
     biases = {"attention_bias": "query" in config.attention_biases}
-    return write_decoder(config) | write_mixture(config) | window | biases
+    return write_decoder(config) | write_qwen_experts(config) | window | biases
 
 
 QWEN2_MOE = decoder(

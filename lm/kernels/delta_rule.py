@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lm.kernels.state_space import chunk_decays, in_chunks, product
+from lm.kernels.state_space import chunk_decays, float32_einsum, split_chunks
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -53,35 +53,37 @@ def delta_rule(
     v, k, q, log_decay, rate = (
         x.astype(jnp.float32) for x in (v_BLHP, k_BLGN, q_BLGN, log_decay_BLH, rate_BLH)
     )
-    k_BZQGN, q_BZQGN = in_chunks(k, Q), in_chunks(q, Q)
-    v_BZQGRP = in_chunks(v.reshape(B, L, G, R, P), Q)
-    rate_BZGRQ = jnp.moveaxis(in_chunks(rate.reshape(B, L, G, R), Q), 2, -1)
+    k_BZQGN, q_BZQGN = split_chunks(k, Q), split_chunks(q, Q)
+    v_BZQGRP = split_chunks(v.reshape(B, L, G, R, P), Q)
+    rate_BZGRQ = jnp.moveaxis(split_chunks(rate.reshape(B, L, G, R), Q), 2, -1)
     decays = chunk_decays(log_decay.reshape(B, L, G, R), ids_BL, Q)
     between_BZGRQQ = jnp.moveaxis(decays.between, (2, 3), (4, 5))
 
     # Token i writes u_i = β_i (v_i - S k_i), S having decayed since the tokens j < i wrote u_j:
     # (I + A) u = β (v - S_0 k), with A_ij = β_i (k_i · k_j) times the decay from j to i.
-    overlap_BZGQQ = product("bzign,bzjgn->bzgij", k_BZQGN, k_BZQGN)
+    overlap_BZGQQ = float32_einsum("bzign,bzjgn->bzgij", k_BZQGN, k_BZQGN)
     a_BZGRQQ = jnp.tril(overlap_BZGQQ, -1)[:, :, :, None] * between_BZGRQQ * rate_BZGRQ[..., None]
     solve_BZGRQQ = unit_lower_inverse(a_BZGRQQ) * rate_BZGRQ[..., None, :]
-    new_BZGRQP = product("bzgrij,bzjgrp->bzgrip", solve_BZGRQQ, v_BZQGRP)
-    reads_BZGRQN = product("bzgrij,bzjgr,bzjgn->bzgrin", solve_BZGRQQ, decays.from_start, k_BZQGN)
+    new_BZGRQP = float32_einsum("bzgrij,bzjgrp->bzgrip", solve_BZGRQQ, v_BZQGRP)
+    reads_BZGRQN = float32_einsum(
+        "bzgrij,bzjgr,bzjgn->bzgrin", solve_BZGRQQ, decays.from_start, k_BZQGN
+    )
     writes_BZQGRN = decays.to_end[..., None] * k_BZQGN[..., None, :]
 
     def pass_on(
         state: jax.Array, chunk: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         kept_BGR, new_BGRQP, reads_BGRQN, writes_BQGRN = chunk
-        u_BGRQP = new_BGRQP - product("bgrin,bgrpn->bgrip", reads_BGRQN, state)
+        u_BGRQP = new_BGRQP - float32_einsum("bgrin,bgrpn->bgrip", reads_BGRQN, state)
         after = kept_BGR[..., None, None] * state
-        return after + product("bgrip,bigrn->bgrpn", u_BGRQP, writes_BQGRN), (u_BGRQP, state)
+        return after + float32_einsum("bgrip,bigrn->bgrpn", u_BGRQP, writes_BQGRN), (u_BGRQP, state)
 
     start = state_BHPN.astype(jnp.float32).reshape(B, G, R, P, N)
     parts = decays.whole, new_BZGRQP, reads_BZGRQN, writes_BZQGRN
     after, (u, before) = lax.scan(pass_on, start, tuple(x.swapaxes(0, 1) for x in parts))
-    scores_BZGQQ = product("bzign,bzjgn->bzgij", q_BZQGN, k_BZQGN)
-    y_BZQGRP = product("bzgij,bzgrij,zbgrjp->bzigrp", scores_BZGQQ, between_BZGRQQ, u)
-    y_BZQGRP += product("bzign,zbgrpn,bzigr->bzigrp", q_BZQGN, before, decays.from_start)
+    scores_BZGQQ = float32_einsum("bzign,bzjgn->bzgij", q_BZQGN, k_BZQGN)
+    y_BZQGRP = float32_einsum("bzgij,bzgrij,zbgrjp->bzigrp", scores_BZGQQ, between_BZGRQQ, u)
+    y_BZQGRP += float32_einsum("bzign,zbgrpn,bzigr->bzigrp", q_BZQGN, before, decays.from_start)
     return y_BZQGRP.reshape(B, -1, H, P)[:, :L], after.reshape(B, H, P, N)
 
 

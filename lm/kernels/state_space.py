@@ -47,14 +47,14 @@ def state_space(
     G, N = b_BLGN.shape[2:]
     Q, R = min(chunk, L), H // G
     dt_BLH = dt_BLH.astype(jnp.float32)
-    b_BZQGN, c_BZQGN = (in_chunks(x.astype(jnp.float32), Q) for x in (b_BLGN, c_BLGN))
+    b_BZQGN, c_BZQGN = (split_chunks(x.astype(jnp.float32), Q) for x in (b_BLGN, c_BLGN))
     x_BLGRP = (x_BLHP.astype(jnp.float32) * dt_BLH[..., None]).reshape(B, L, G, R, P)
-    x_BZQGRP = in_chunks(x_BLGRP, Q)
+    x_BZQGRP = split_chunks(x_BLGRP, Q)
     decays = chunk_decays((dt_BLH * a_H).reshape(B, L, G, R), ids_BL, Q)
 
-    scores = product("bzign,bzjgn->bzijg", c_BZQGN, b_BZQGN)
-    y_BZQGRP = product("bzijg,bzijgr,bzjgrp->bzigrp", scores, decays.between, x_BZQGRP)
-    added_BZGRPN = product("bzjgn,bzjgr,bzjgrp->bzgrpn", b_BZQGN, decays.to_end, x_BZQGRP)
+    scores = float32_einsum("bzign,bzjgn->bzijg", c_BZQGN, b_BZQGN)
+    y_BZQGRP = float32_einsum("bzijg,bzijgr,bzjgrp->bzigrp", scores, decays.between, x_BZQGRP)
+    added_BZGRPN = float32_einsum("bzjgn,bzjgr,bzjgrp->bzgrpn", b_BZQGN, decays.to_end, x_BZQGRP)
 
     def pass_on(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         kept_BGR, added_BGRPN = chunk
@@ -63,7 +63,9 @@ def state_space(
     start = state_BHPN.astype(jnp.float32).reshape(B, G, R, P, N)
     chunks = decays.whole.swapaxes(0, 1), added_BZGRPN.swapaxes(0, 1)
     after, before_ZBGRPN = lax.scan(pass_on, start, chunks)
-    y_BZQGRP += product("bzign,zbgrpn,bzigr->bzigrp", c_BZQGN, before_ZBGRPN, decays.from_start)
+    y_BZQGRP += float32_einsum(
+        "bzign,zbgrpn,bzigr->bzigrp", c_BZQGN, before_ZBGRPN, decays.from_start
+    )
     return y_BZQGRP.reshape(B, -1, H, P)[:, :L], after.reshape(B, H, P, N)
 
 
@@ -92,8 +94,8 @@ def chunk_decays(log_decay_BLGR: jax.Array, ids_BL: jax.Array, size: int) -> Chu
         ids_BL: segment ids, as in `state_space`.
         size: tokens per chunk, Q.
     """
-    ids_BZQ = in_chunks(ids_BL, size, "edge")
-    decay_BZQGR = jnp.cumsum(in_chunks(log_decay_BLGR, size), axis=2)
+    ids_BZQ = split_chunks(ids_BL, size, "edge")
+    decay_BZQGR = jnp.cumsum(split_chunks(log_decay_BLGR, size), axis=2)
     seen_BZQQ = ids_BZQ[:, :, :, None] == ids_BZQ[:, :, None]
     seen_BZQQ &= jnp.tril(jnp.ones((size, size), bool))
     between = decay_BZQGR[:, :, :, None] - decay_BZQGR[:, :, None]
@@ -106,12 +108,12 @@ def chunk_decays(log_decay_BLGR: jax.Array, ids_BL: jax.Array, size: int) -> Chu
     return ChunkDecays(between, from_start, to_end, whole_BZGR)
 
 
-def in_chunks(x: jax.Array, size: int, mode: str = "constant") -> jax.Array:
+def split_chunks(x: jax.Array, size: int, mode: str = "constant") -> jax.Array:
     """Return x [B, L, …] as chunks [B, Z, size, …], with L padded as by `jnp.pad`."""
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)], mode=mode)
     return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
-def product(axes: str, *operands: jax.Array) -> jax.Array:
+def float32_einsum(axes: str, *operands: jax.Array) -> jax.Array:
     """Return `jnp.einsum` of the operands, float32."""
     return jnp.einsum(axes, *operands, preferred_element_type=jnp.float32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.delta_rule import delta_rule
-from lm.models.mamba import OF_HEADS, StateSpaceMixer
+from lm.models.mamba import OF_HEADS, RecurrenceInputs, StateSpaceMixer
 from lm.models.variables import Kind, Role, param
 from lm.parallel.mesh import constrain
 
@@ -32,22 +32,21 @@ class GatedDelta(StateSpaceMixer):
         ones = jax.nn.initializers.ones
         self.scale = param(self, "scale", ones, (o.ssm_head_dim,), ("norm",), norm)
 
-    def recur(
-        self,
-        x_BLW: jax.Array,
-        convolved: list[jax.Array],
-        dt_BLH: jax.Array,
-        is_token_BL1: jax.Array,
-        ids_BL: jax.Array,
-        state_BHPN: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    def recur(self, inputs: RecurrenceInputs) -> tuple[jax.Array, jax.Array]:
         """Run the gated delta rule; its decay is that of Mamba-2."""
-        v_BLHP, k_BLGN, q_BLGN = convolved
-        o = self.config.mixer_options
-        rate_BLH = jax.nn.sigmoid(self.rate(x_BLW).astype(jnp.float32)) * is_token_BL1
-        q_BLGN = _of_unit_length(q_BLGN) * o.ssm_state**-0.5
-        inputs = rate_BLH, _of_unit_length(k_BLGN), q_BLGN, ids_BL, state_BHPN, o.ssm_chunk
-        return delta_rule(v_BLHP, -dt_BLH * jnp.exp(self.decay), *inputs)
+        v_BLHP, k_BLGN, q_BLGN = inputs.convolved
+        o, log_decay_BLH = self.config.mixer_options, -inputs.dt_BLH * jnp.exp(self.decay)
+        rate_BLH = jax.nn.sigmoid(self.rate(inputs.x_BLW).astype(jnp.float32))
+        return delta_rule(
+            v_BLHP,
+            log_decay_BLH,
+            rate_BLH * inputs.is_token_BL1,
+            _of_unit_length(k_BLGN),
+            _of_unit_length(q_BLGN) * o.ssm_state**-0.5,
+            inputs.ids_BL,
+            inputs.state_BHPN,
+            o.ssm_chunk,
+        )
 
     def gated_norm(self, y_BLHP: jax.Array, gate_BLHP: jax.Array) -> jax.Array:
         """Divide each head by its root mean square, and multiply by the gate."""

@@ -48,6 +48,27 @@ class MambaCache:
     segment: jax.Array
 
 
+@flax.struct.dataclass
+class RecurrenceInputs:
+    """Inputs of a recurrence.
+
+    Attributes:
+        x_BLW: tokens.
+        convolved: convolved inputs, [B, L, H, P] and twice [B, L, G, N], float32.
+        dt_BLH: step sizes, 0 for padding.
+        is_token_BL1: false for padding.
+        ids_BL: numbers of texts, from `_number_texts`.
+        state_BHPN: states before the first token.
+    """
+
+    x_BLW: jax.Array
+    convolved: list[jax.Array]
+    dt_BLH: jax.Array
+    is_token_BL1: jax.Array
+    ids_BL: jax.Array
+    state_BHPN: jax.Array
+
+
 class StateSpaceMixer(TokenMixer):
     """Projections, convolution, recurrence, and a gated norm of the outputs.
 
@@ -134,35 +155,15 @@ class StateSpaceMixer(TokenMixer):
             convolved.append(y)
         is_token_BL1 = is_token_BL[..., None]
         dt_BLH = jax.nn.softplus(self.step(x_BLW).astype(jnp.float32) + self.step_bias)
-        dt_BLH *= is_token_BL1
-        y_BLHP, state = self.recur(x_BLW, convolved, dt_BLH, is_token_BL1, ids_BL, own.state)
+        steps = dt_BLH * is_token_BL1, is_token_BL1
+        y_BLHP, state = self.recur(RecurrenceInputs(x_BLW, convolved, *steps, ids_BL, own.state))
         y_BLHP = self.gated_norm(y_BLHP, self.gate(x_BLW).astype(jnp.float32))
         if cache is not None and layer is not None:
             cache, _ = write_layer(cache, layer, MambaCache(taps, state, segment_B))
         return self.output(y_BLHP.astype(c.dtype)), cache
 
-    def recur(
-        self,
-        x_BLW: jax.Array,
-        convolved: list[jax.Array],
-        dt_BLH: jax.Array,
-        is_token_BL1: jax.Array,
-        ids_BL: jax.Array,
-        state_BHPN: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Run the recurrence.
-
-        Args:
-            x_BLW: tokens.
-            convolved: convolved inputs, [B, L, H, P] and twice [B, L, G, N], float32.
-            dt_BLH: step sizes, 0 for padding.
-            is_token_BL1: false for padding.
-            ids_BL: numbers of texts, from `_number_texts`.
-            state_BHPN: states before the first token.
-
-        Returns:
-            Outputs [B, L, H, P] and the states after the last token, float32.
-        """
+    def recur(self, inputs: RecurrenceInputs) -> tuple[jax.Array, jax.Array]:
+        """Return the outputs [B, L, H, P] and the states after the last token, float32."""
         raise NotImplementedError
 
     def gated_norm(self, y_BLHP: jax.Array, gate_BLHP: jax.Array) -> jax.Array:
@@ -182,19 +183,19 @@ class Mamba2(StateSpaceMixer):
         shape, ones = (o.ssm_heads, o.ssm_head_dim), jax.nn.initializers.ones
         self.scale = param(self, "scale", ones, shape, OF_HEADS, norm)
 
-    def recur(
-        self,
-        x_BLW: jax.Array,
-        convolved: list[jax.Array],
-        dt_BLH: jax.Array,
-        is_token_BL1: jax.Array,
-        ids_BL: jax.Array,
-        state_BHPN: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
+    def recur(self, inputs: RecurrenceInputs) -> tuple[jax.Array, jax.Array]:
         """Run the recurrence of `lm/kernels/state_space.py`."""
-        x_BLHP, b_BLGN, c_BLGN = convolved
-        further = b_BLGN, c_BLGN, ids_BL, state_BHPN, self.config.mixer_options.ssm_chunk
-        y_BLHP, state = state_space(x_BLHP, dt_BLH, -jnp.exp(self.decay), *further)
+        x_BLHP, b_BLGN, c_BLGN = inputs.convolved
+        y_BLHP, state = state_space(
+            x_BLHP,
+            inputs.dt_BLH,
+            -jnp.exp(self.decay),
+            b_BLGN,
+            c_BLGN,
+            inputs.ids_BL,
+            inputs.state_BHPN,
+            self.config.mixer_options.ssm_chunk,
+        )
         return y_BLHP + self.skip[:, None] * x_BLHP, state
 
     def gated_norm(self, y_BLHP: jax.Array, gate_BLHP: jax.Array) -> jax.Array:

@@ -455,8 +455,8 @@ DECODERS |= {
     ),
 }
 QWEN3_NEXT = LLAMA | {
+    "num_hidden_layers": 2,
     "full_attention_interval": 2,
-    "rms_norm_eps": 1e-3,
     "num_key_value_heads": 2,
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -474,6 +474,7 @@ DECODERS |= {
         "Qwen3NextForCausalLM",
         QWEN3_NEXT
         | {"layer_types": ["full_attention", *["linear_attention"] * 2], "mlp_only_layers": [1]}
+        | {"num_hidden_layers": 3, "rms_norm_eps": 1e-3}
         | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 3}
         | {"norm_topk_prob": False, "tie_word_embeddings": True, "attention_bias": True}
         | {"hidden_act": "gelu", "rope_parameters": YARN_ALL_ROPE | {"partial_rotary_factor": 0.5}},
