@@ -75,7 +75,7 @@ class Linear(nn.Module):
         y = self.product(x.reshape(*leading, width), kernel)
         if self.use_bias:
             y = add_bias(y.astype(jnp.float32), self.bias.reshape(-1))
-        return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape)
+        return y.astype(self.out_dtype or self.dtype).reshape(*leading, *self.out_shape[:-1], -1)
 
     def product(self, x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
         """Return the product, flattened or not; `low_precision.py` replaces this method."""

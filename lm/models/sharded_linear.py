@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dense import matmul_backward, matmul_forward
+from lm.models.vocabulary_blocks import of_block
 from lm.parallel.mesh import PARAMETERS, constrain, count_shards, current_mesh
 
 STREAM = "embed"  # width of the residual stream
@@ -86,6 +87,8 @@ def product_on_mesh(
     assert mesh is not None
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     dtype, out_dtype = dtypes
+    if names[1] == "vocab":
+        kernel = of_block(kernel, 0 if transposed else 1)
     sums = (jnp.float32, jnp.float32) if on_cpu else (out_dtype, dtype)
     keeps_length = x.ndim == 3 and count_shards("residual_length") > 1
     is_cut = keeps_length and count_shards("residual_length") > count_shards("length")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.kernels.elementwise import add_bias
 from lm.models.variables import Initializer, Role, param
+from lm.models.vocabulary_blocks import of_block
 
 
 class Bias(nn.Module):
@@ -23,7 +24,7 @@ class Bias(nn.Module):
     @nn.compact
     def __call__(self, logits_BLV: jax.Array) -> jax.Array:
         bias_V = param(self, "bias", self.bias_init, (self.size,), ("vocab",), self.role.bias())
-        return add_bias(logits_BLV, bias_V)
+        return add_bias(logits_BLV, of_block(bias_V, 0))
 
 
 def mean_of_row(x_BLD: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:

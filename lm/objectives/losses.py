@@ -101,9 +101,9 @@ def token_losses(
 
     if not model.config.loss_chunk:
         return compute(model, x_BTD, targets_BT)
-    from lm.objectives.chunked_losses import in_chunks
+    from lm.objectives.chunked_losses import losses_in_parts
 
-    return in_chunks(compute, model, x_BTD, targets_BT)
+    return losses_in_parts(compute, model, x_BTD, targets_BT, *settings, of=of)
 
 
 def token_loss(

@@ -13,8 +13,10 @@ from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from lm.config import default, set_value
+from lm.data.batches import to_device
+from lm.data.dataset import open_dataset
 from lm.errors import UserError
-from lm.experiment import Experiment, build
+from lm.experiment import Experiment, build, build_with_data, record_columns
 from lm.models.variables import flat
 from lm.parallel.mesh import AXES, axis_sizes, constrain, parameter_sharding
 from lm.parallel.mesh_rules import replicated_axes
@@ -146,6 +148,36 @@ def test_a_length_that_the_tensor_axis_does_not_divide():
     odd = {"data__sequence_length": 18, "train__loss_chunk": 9}
     found = losses(experiment_on({"data": 2, "tensor": 4}, **odd), 3)
     np.testing.assert_allclose(found, losses(experiment_on({}, **odd), 3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_in_blocks_of_the_vocabulary(tied):
+    """Each block gathers its own part of the output layer; an embedding of inputs is whole."""
+    more = {"model__vocab_size": 300, "model__tie_embeddings": tied, "model__dtype": "float32"}
+    more |= {"objective__label_smoothing": 0.1, "objective__z_loss": 0.01}
+    mesh, parts = {"fsdp": 4, "context": 2}, {"train__loss_chunk": 3}
+    found = losses(experiment_on(mesh, **more, **parts), 3)
+    np.testing.assert_allclose(found, losses(experiment_on({}, **more), 3), rtol=1e-5)
+    text = compiled_text(mesh, **more, **parts)
+    gathered = re.findall(r" = f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert ("128,32" if tied else "32,128") in gathered
+    assert "32,300" not in gathered
+
+
+def test_blocks_of_the_vocabulary_have_their_biases(make_kind):
+    """Logits of masked tokens have a bias; a part is one masked token or a third of the bytes."""
+
+    def found(mesh, n_devices, chunk):
+        config = make_kind("masked encoder", train__steps=2, train__loss_chunk=chunk)
+        config.parallel.mesh.update({"data": 1, **mesh})
+        experiment = build_with_data(config, jax.devices()[:n_devices])[0]
+        dataset = open_dataset(experiment.config.data, record_columns(experiment.config))
+        batches = experiment.train_batches(dataset)
+        arrays = to_device(batches, range(2), experiment.batch_sharding)
+        _, metrics = experiment.train_steps(experiment.init_state(), arrays)
+        return np.asarray(metrics["loss"])
+
+    np.testing.assert_allclose(found({"fsdp": 2}, 2, 1), found({}, 1, 0), rtol=1e-5)
 
 
 def test_batches_are_cut_by_rows_and_by_length():
