@@ -886,7 +886,11 @@ COMMON_KEYS: dict[str, Key] = {
         1, "Layers per iteration of the layer scan; 0: all.", low=0, free=True
     ),
     "train.loss_chunk": Key(
-        0, "Sequence positions whose logits a device holds at once; 0: all.", low=0, free=True
+        0,
+        "Sequence positions whose logits a device holds at once, or blocks of the vocabulary of the "
+        "same size if devices share the rows; 0: all.",
+        low=0,
+        free=True,
     ),
     "train.steps_per_dispatch": Key(
         1, "Training steps per call of the compiled program.", low=1, high=1000

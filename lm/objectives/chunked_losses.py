@@ -87,6 +87,7 @@ def _in_blocks(
         of: name of the model's method that computes logits.
         size: tokens of a block.
     """
+    assert isinstance(model.config, TransformerConfig)
     V = model.config.vocab_size
 
     def step(model: BoundModel, carry: None, number: Any, x_BTD: Any, targets_BT: Any) -> tuple:
