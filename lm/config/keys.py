@@ -887,8 +887,8 @@ COMMON_KEYS: dict[str, Key] = {
     ),
     "train.loss_chunk": Key(
         0,
-        "Sequence positions whose logits a device holds at once, or blocks of the vocabulary of the "
-        "same size if devices share the rows; 0: all.",
+        "Sequence positions whose logits a device holds at once, or blocks of the vocabulary of "
+        "the same size if devices share the rows; 0: all.",
         low=0,
         free=True,
     ),
