@@ -250,6 +250,10 @@ FIELDS = {
     ),
     **dict.fromkeys(("conv_kernel", "mamba_d_conv"), size(2, 5)),
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), one_of(2, 4, 8, 16, 256)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), size(2, 9)),
+    "linear_num_key_heads": size(1, 4),
+    "linear_num_value_heads": lambda rng, v: v["linear_num_key_heads"] * rng.randint(1, 3),
+    "linear_conv_kernel_dim": size(1, 5),
     **dict.fromkeys(("use_bias", "mamba_proj_bias"), mostly(False, True)),
     **dict.fromkeys(("use_conv_bias", "mamba_conv_bias"), mostly(True, False)),
     "time_step_limit": mostly((0.0, math.inf), (0.01, 0.2)),
@@ -304,6 +308,9 @@ OF_FAMILY = {
     "bart": {"decoder_start_token_id": lambda rng, v: v.get("eos_token_id", 2)},
     "llama4_text": {"layer_types": layer_kinds(CHUNKED, GLOBAL)},
     **dict.fromkeys(("phi3", "stablelm"), ROTATED_PART),
+    "qwen3_next": ROTATED_PART
+    | {"layer_types": layer_kinds("linear_attention", GLOBAL)}
+    | {"full_attention_interval": size(1, 5)},
     "bamba": {
         "mamba_n_heads": lambda rng, v: (v["mamba_expand"] or 2) * v["num_attention_heads"],
         "mamba_d_head": lambda rng, v: v["hidden_size"] // v["num_attention_heads"],

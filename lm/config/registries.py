@@ -159,7 +159,7 @@ class MambaOptions:
         1, "Mamba-2: groups of heads that share B and C. Gated delta: key heads.", low=1
     )
     ssm_conv: int = option(
-        4, "State spaces: tokens that the convolution sees, its own included.", low=2, high=256
+        4, "State spaces: tokens that the convolution sees, its own included.", low=1, high=256
     )
     ssm_chunk: int = option(
         64, "State spaces: tokens of a chunk, all pairs of which are multiplied at once.", low=1

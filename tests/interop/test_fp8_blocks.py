@@ -60,6 +60,19 @@ def test_weights_are_the_products_of_floats_and_scales(released, tmp_path):
         np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
+def test_a_module_for_further_tokens_is_left_out(make_theirs, tmp_path):
+    """Qwen3-Next's is beside the layers; here it is the second of two shards."""
+    theirs, source = make_theirs("qwen3-next")
+    theirs.mtp = torch.nn.Linear(4, 3, bias=False)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    del theirs.mtp
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert open_model_folder(tmp_path).unused == ("mtp.weight",)
+    found, wanted = (flat(load(folder)[1]) for folder in (tmp_path, source))
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
 def test_rows_are_read_alone(released, tmp_path):
     config, tensors, meant = released
     config = {key: x for key, x in config.items() if key != "num_nextn_predict_layers"}
