@@ -359,7 +359,7 @@ def draw_values(family, config_class, rng):
 
 
 AUTO = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "PRETRAINING", "SEQUENCE_CLASSIFICATION")
-AUTO += ("TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "NEXT_SENTENCE_PREDICTION")
+AUTO += ("TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "NEXT_SENTENCE_PREDICTION", "TEXT_ENCODING")
 
 
 def classes_of(family):
@@ -483,6 +483,8 @@ def our_output(model, class_name, tokens, segments, types, target):
         return model.classify(hidden)
     if class_name.endswith("ForQuestionAnswering"):
         return model.spans(hidden)
+    if class_name.endswith("Model"):
+        return model.pooled(hidden, segments) if "pooler" in model.variables["params"] else hidden
     return model.replaced(hidden)
 
 

@@ -139,6 +139,7 @@ VARIANTS = {
     "model.attention_bias=no_key model.activation=gelu_erf objective.masks=1",
     "classification decoder": f"{LABELS} model.pooling=mean",
     "classification encoder": f"{LABELS} model.family=encoder model.token_types=2",
+    "classification encoder, labels": f"{LABELS} model.family=encoder data.multi_label=true",
     "classification encoder, regression": "objective.name=classification model.family=encoder "
     "data.source=tsv:{data}/scores.tsv",
     "classification encoder_decoder": f"{LABELS} model.family=encoder_decoder",

@@ -1,7 +1,7 @@
 """Validation rules for rarely set keys.
 
-Covers lists of names, best checkpoints, profiles, canaries, ramps, quantization-aware training and
-schedule-free learning.
+Covers lists of names, single labels, best checkpoints, profiles, canaries, ramps,
+quantization-aware training and schedule-free learning.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
             )
     if config.train.profile and not re.fullmatch(r"[0-9]+:[1-9][0-9]*", config.train.profile):
         yield f"--config.train.profile={config.train.profile}: expected START:STEPS, as in 100:5"
+    of_labels = config.objective.name in ("classification", "token_classification")
+    if of_labels and len(listed(config.data.labels)) == 1 and not config.model.n_classes:
+        yield (
+            f"--config.data.labels={config.data.labels}: a single class leaves nothing to learn; "
+            "name all classes, or none for a number"
+        )
     yield from ramp_problems(config)
     if config.data.canaries:
         yield from _canary_problems(config.data)

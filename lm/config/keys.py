@@ -310,7 +310,7 @@ COMMON_KEYS: dict[str, Key] = {
         needs=("model.positions", "rotary"),
     ),
     "model.rope_factor": Key(
-        1.0, "Factor of rope_scaling.", low=1.0, needs=("model.rope_scaling",)
+        1.0, "Factor of rope_scaling.", low=1e-6, needs=("model.rope_scaling",)
     ),
     "model.rope_low_frequency": Key(
         1.0,
@@ -516,6 +516,12 @@ COMMON_KEYS: dict[str, Key] = {
         choices=("family", "mean", "shifted"),
         needs=("objective.name", "classification", "reward", "span_qa"),
     ),
+    "model.start_id": Key(
+        -1,
+        "First token of the shifted text, such as T5's 0; -1: the text's last token (BART).",
+        low=-1,
+        needs=("model.pooling", "shifted"),
+    ),
     "model.copy": Key(
         False,
         "Mix the output distribution with one over the tokens of the source, a pointer-generator "
@@ -679,6 +685,12 @@ COMMON_KEYS: dict[str, Key] = {
         "",
         "Class names, comma-separated; empty: regression.",
         needs=("objective.name", "classification", "token_classification"),
+    ),
+    "data.multi_label": Key(
+        False,
+        "Texts have any number of labels: lists, or names separated by commas; without "
+        "data.labels: model.n_classes numbers.",
+        needs=("objective.name", "classification"),
     ),
     "data.target_length": Key(0, "Tokens of a target sequence; 0: data.sequence_length.", low=0),
     "data.target_prefix": Key(

@@ -16,6 +16,7 @@ POSITION_BIASES = ("relative", "alibi", "disentangled")
 FURTHER_KEYS = (
     *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision"),
     *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp", "optimizer.qk_clip"),
+    "data.labels",
 )
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),

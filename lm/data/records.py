@@ -14,14 +14,14 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from importlib import import_module
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from lm.config.registry import listed
+from lm.config.registry import listed, listing
 from lm.data.file_digests import hash_files
 from lm.data.files import find_files, read_bytes, without_mark
 from lm.data.row_documents import MISSING, field_value
@@ -59,6 +59,7 @@ class Records:
         header: whether tables name their columns, part of the digest.
         labels: class names; () if labels are numbers.
         skip: skip bad rows instead of raising errors.
+        multi_label: a label is a list of class names.
         known: record columns that rows of this kind may have.
         synonyms: further names of their columns in a source, the first one in a row counts.
     """
@@ -71,6 +72,7 @@ class Records:
     header: bool
     labels: tuple[str, ...]
     skip: bool
+    multi_label: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of_source(cls, source: RecordSource, data: Any, **more: Any) -> Self:
@@ -85,6 +87,7 @@ class Records:
             UserError: `data.columns` is wrong.
         """
         columns, labels = parse_columns(data.columns, cls.known), tuple(listed(data.labels))
+        more |= {"multi_label": data.multi_label}
         return cls(source, columns, data.header, labels, data.bad_rows == "skip", **more)
 
     @property
@@ -98,7 +101,8 @@ class Records:
 
     @property
     def _settings(self) -> tuple[Any, ...]:
-        return self.columns, self.header, self.labels, self.skip
+        several = (True,) if self.multi_label else ()
+        return self.columns, self.header, self.labels, self.skip, *several
 
     def build_store(
         self, source: Records, tokenizer: Tokenizer, data: Any, progress: bool
@@ -178,8 +182,10 @@ class Records:
                 if not self.source.same_columns:
                     raise BadRow(problem)
                 raise UserError(f"{row.where}: {problem}: set --config.data.columns")
-            record[name] = _check_value(name, column, value)
-        if "label" in record:
+            several = name == "label" and self.multi_label
+            check = self._check_labels if several else partial(_check_value, name)
+            record[name] = check(column, value)
+        if "label" in record and not self.multi_label:
             record["label"] = self._check_label(record["label"])
         if "words" in record and "context" in record:
             raise BadRow("a record has words or a context, not both")
@@ -189,6 +195,12 @@ class Records:
                 raise BadRow(f"{len(words)} words have {len(tags)} tags")
             record |= {"words": " ".join(words), "tags": " ".join(map(self._check_label, tags))}
         return record
+
+    def _check_labels(self, column: str, value: Any) -> str:
+        """Return a list of labels, or a text with commas between them, as such a text."""
+        parts = listed(value) if isinstance(value, str) else value
+        parts = parts if isinstance(parts, list) else [parts]
+        return listing(self._check_label(_check_value("label", column, part)) for part in parts)
 
     def _check_label(self, text: str) -> str:
         label = text.strip()

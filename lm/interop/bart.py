@@ -23,7 +23,6 @@ from lm.interop.family import (
     hf_word,
     lm_word,
     read_size,
-    states_class,
 )
 from lm.interop.tensor_mapping import (
     TensorMapping,
@@ -112,16 +111,27 @@ def write_stacks(config: TransformerConfig) -> Values:
 
 
 def _read(hf: Values) -> Values:
-    scaled, ids = hf.get("scale_embedding", False), ("decoder_start_token_id", "eos_token_id")
-    start, end = (hf.get(name, 2) for name in ids)
-    if start != end and states_class(hf, _TASKS.values()):
-        raise UnsupportedConfig(f"config.json: {ids[0]}={start} is not {ids[1]}={end}")
-    return read_stacks(hf) | {"scale_embeddings": scaled, "tie_embeddings": True}
+    return (
+        read_stacks(hf)
+        | read_start(hf, 2)
+        | {"scale_embeddings": hf.get("scale_embedding", False), "tie_embeddings": True}
+    )
+
+
+def read_start(hf: Values, default: int | None = None) -> Values:
+    """Read the first token of a decoder that classifies; none if it is the text's last one."""
+    start = hf.get("decoder_start_token_id", default)
+    return {} if start is None or start == hf.get("eos_token_id", default) else {"start_id": start}
 
 
 def _write(config: TransformerConfig) -> Values:
     values = {"scale_embedding": config.scale_embeddings, "tie_word_embeddings": True}
-    return write_stacks(config) | values
+    return write_stacks(config) | write_start(config) | values
+
+
+def write_start(config: TransformerConfig) -> Values:
+    """Write what `read_start` reads, unless it is the text's last token."""
+    return {"decoder_start_token_id": config.start_id} if config.start_id >= 0 else {}
 
 
 _TASKS = {
@@ -129,6 +139,17 @@ _TASKS = {
     frozenset({"spans"}): "BartForQuestionAnswering",
 }
 _HEAD = "classification_head"
+HEADS = {
+    "pooler": Head(("pooler",), tuple(linear_mappings(f"{_HEAD}.dense", "pooler"))),
+    "classes": Head(
+        ("classifier",),
+        tuple(linear_mappings(f"{_HEAD}.out_proj", "classifier")),
+        replaces_output=True,
+    ),
+    "spans": Head(
+        ("span_head",), tuple(linear_mappings("qa_outputs", "span_head")), replaces_output=True
+    ),
+}
 STACK_KEYS = {
     "encoder_layers": "n_layers",
     "d_model": "d_model",
@@ -142,17 +163,7 @@ BART = Family(
     classes={frozenset(): "BartForConditionalGeneration", **_TASKS},
     prefix="model.",
     base=_base,
-    heads={
-        "pooler": Head(("pooler",), tuple(linear_mappings(f"{_HEAD}.dense", "pooler"))),
-        "classes": Head(
-            ("classifier",),
-            tuple(linear_mappings(f"{_HEAD}.out_proj", "classifier")),
-            replaces_output=True,
-        ),
-        "spans": Head(
-            ("span_head",), tuple(linear_mappings("qa_outputs", "span_head")), replaces_output=True
-        ),
-    },
+    heads=HEADS,
     keys=STACK_KEYS | {"max_position_embeddings": "max_length"},
     fixed={
         "norm": "layernorm",

@@ -54,7 +54,7 @@ _T5: Defaults = {
     "feed_forward_proj": "relu",
 }
 _MT5: Defaults = _T5 | {"vocab_size": 250112, "d_ff": 1024, "num_layers": 8, "num_heads": 6}
-_MT5 |= {"feed_forward_proj": "gated-gelu"}
+_MT5 |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 _LLAMA: Defaults = {
     "vocab_size": 32000,
     "hidden_size": 4096,

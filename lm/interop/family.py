@@ -241,7 +241,8 @@ class Family:
         heads = next(heads for heads, its in self.classes.items() if its == class_name)
         is_bare = class_name.lower() == f"{self.model_type.replace('-', '')}model"
         own = next((self.heads[n].prefix for n in heads if self.heads[n].prefix), self.prefix)
-        if not name.startswith(self.prefix):
+        of_heads = {m.name for n in heads for m in self.heads[n].mappings}
+        if not name.startswith(self.prefix) or (name in of_heads and not self.prefix):
             return name
         return ("" if is_bare else own) + name.removeprefix(self.prefix)
 
@@ -426,6 +427,7 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
     if not has_task:
         unused |= {"pooler_activation", "task_transform"}
         values["pooling"] = "mean" if c.pooling == "mean" else "family"
+        unused.add("start_id")
     if not c.shared_expert_d_ff:
         unused.add("shared_expert_gate")
     of_rope = {f.name for f in fields(c) if f.name.startswith("rope_")}

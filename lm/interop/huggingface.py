@@ -26,7 +26,7 @@ from lm.errors import UserError
 from lm.interop.family import Family, UnsupportedConfig
 from lm.interop.folder_heads import TASK_MODULES
 from lm.interop.fused_tensors import fuse
-from lm.interop.model_folder import FAMILIES, Params, open_model_folder
+from lm.interop.model_folder import ENCODERS, FAMILIES, Params, open_model_folder
 from lm.interop.model_parameters import ParameterSpec, parameter_specs
 from lm.interop.tensor_files import PendingTensor, write_tensors
 from lm.interop.tensor_mapping import Shape, TensorMapping, hf_shape, make_tensor, tensor_names
@@ -236,7 +236,7 @@ def _family_of(
     own: TransformerConfig = model.config  # type: ignore[attr-defined]
     families = [
         family
-        for family in FAMILIES.values()
+        for family in (*FAMILIES.values(), *ENCODERS.values())
         if isinstance(model, MODELS[family.model])
         and bool(own.n_mels) == (family.objective == "transcription")
     ]

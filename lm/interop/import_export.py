@@ -52,6 +52,9 @@ from lm.runs.workdir import MERGED_OVERRIDES, RUN_FILE, load_run_config, read_ru
 from lm.storage import storage_path, write_atomically
 from lm.train_step import TrainState
 
+# Values of `problem_type` in config.json.
+_SINGLE_LABEL, _MULTI_LABEL = "single_label_classification", "multi_label_classification"
+_REGRESSION = "regression"
 _LONGEST = 1024  # tokens of an example, unless data.sequence_length is given
 
 
@@ -133,12 +136,11 @@ def run_config(found: ModelFolder) -> ConfigDict:
     if "classes" in found.heads or "tags" in found.heads:
         is_alone = found.family.model == "encoder" and found.heads == {"classes"}
         of_tokens = is_alone or "tags" in found.heads
-        if of_tokens and found.config.n_classes == 1:
-            raise UserError("a token classifier needs at least two classes")
         config.objective.name = "token_classification" if of_tokens else "classification"
-        if not of_tokens:
-            _check_problem_type(found)
-        if found.config.n_classes > 1 or of_tokens:
+        kind = _SINGLE_LABEL if of_tokens else _problem_type(found)
+        n = config.model.n_classes = found.config.n_classes
+        config.data.multi_label = kind == _MULTI_LABEL or (kind == _REGRESSION and n > 1)
+        if kind != _REGRESSION:
             config.data.labels = listing(_class_names(found))
     config.data.sequence_length = min(found.config.max_length, _LONGEST)
     if found.config.n_mels:
@@ -148,18 +150,17 @@ def run_config(found: ModelFolder) -> ConfigDict:
     return config
 
 
-def _check_problem_type(found: ModelFolder) -> None:
-    """Raise UserError for a problem type that does not fit the number of outputs."""
-    kind, n = found.about.get("problem_type"), found.config.n_classes
-    if kind not in (None, _problem_type(n > 1)):
+def _problem_type(found: ModelFolder) -> str:
+    """Return `problem_type` of config.json; UserError if it does not fit the number of outputs."""
+    n = found.config.n_classes
+    known = (_SINGLE_LABEL, _MULTI_LABEL, _REGRESSION) if n > 1 else (_REGRESSION, _MULTI_LABEL)
+    kind = found.about.get("problem_type") or known[0]
+    if kind not in known:
         raise UserError(
             f"config.json: problem_type={kind} is not supported with {n} outputs, "
-            f"only {_problem_type(n > 1)}"
+            f"only {' or '.join(known)}"
         )
-
-
-def _problem_type(has_classes: bool) -> str:
-    return "single_label_classification" if has_classes else "regression"
+    return kind
 
 
 def _class_names(found: ModelFolder) -> list[str]:
@@ -277,7 +278,8 @@ def export_run(
         labels = OBJECTIVES[config.objective.name].from_config(config, tokenizer).class_names
         about |= class_labels(config.model.n_classes, labels)
         if config.objective.name == "classification":
-            about["problem_type"] = _problem_type(bool(labels))
+            named = _MULTI_LABEL if config.data.multi_label else _SINGLE_LABEL
+            about["problem_type"] = named if labels else _REGRESSION
     options: dict[str, Any] = {"about": about, "model_type": run.model_type, "quantize": quantize}
     options["of_tokens"] = config.objective.name == "token_classification"
     class_name = save(run.model, run.params, to, dtype=dtype, **options)
@@ -299,7 +301,7 @@ def _special_ids(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
     ids = {"bos": tokenizer.bos_id, "eos": special.eos, "pad": special.pad}
     if config.model.family == "encoder_decoder":
         ids["decoder_start"] = special.bos
-    if config.model.pooling == "shifted":
+    if config.model.pooling == "shifted" and config.model.start_id < 0:
         ids["eos"] = ids["decoder_start"] = special.sep
     if config.model.position_offset:
         del ids["pad"]  # RobertaModel counts positions from it

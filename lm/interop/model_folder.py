@@ -99,6 +99,8 @@ FAMILIES: dict[str, Family] = {
         mamba_families.BAMBA,
     )
 } | {"kimi_k2": deepseek.DEEPSEEK_V3}
+# Those of the classes that have the encoder of such a model alone.
+ENCODERS: dict[str, Family] = t5.ENCODERS
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,9 @@ def open_model_folder(path: Path) -> ModelFolder:
         raise UserError(
             f"{path}: unknown architecture model_type={kind}; known: {', '.join(FAMILIES)}"
         )
-    family = FAMILIES[kind]
+    family, encoder = FAMILIES[kind], ENCODERS.get(kind)
+    if encoder and states_class(about, encoder.classes.values()):
+        family = encoder
     try:
         config = family.read_config(about)
     except UserError as error:

@@ -26,6 +26,7 @@ class EmbeddingConfig:
     copy: bool = False
     n_classes: int = 0
     pooling: str = "family"
+    start_id: int = -1
     task_transform: bool = False
     pooler_activation: str = "tanh"
     generator_width: int = 0

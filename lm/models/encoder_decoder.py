@@ -146,12 +146,14 @@ class EncoderDecoder(Model):
         segment_ids_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
-        """Return hidden states for classification, with the text in encoder and decoder (BART)."""
+        """Return hidden states for classification, with the text in both stacks (BART, T5)."""
         segments_BL = jnp.ones_like(tokens_BL) if segment_ids_BL is None else segment_ids_BL
         encoded_BLD = self.encode(tokens_BL, segments_BL, positions_BL)
         if self.config.pooling == "shifted":
-            last_B1 = last_of_row(tokens_BL[..., None], segments_BL)
-            tokens_BL = jnp.concatenate([last_B1, tokens_BL[:, :-1]], axis=1)
+            start_B1 = jnp.full_like(tokens_BL[:, :1], self.config.start_id)
+            if self.config.start_id < 0:
+                start_B1 = last_of_row(tokens_BL[..., None], segments_BL)
+            tokens_BL = jnp.concatenate([start_B1, tokens_BL[:, :-1]], axis=1)
         x_BLD, positions_BL = self.embed(tokens_BL, positions_BL)
         mask = AttentionMask(True, segments_BL)
         return self.decoder(x_BLD, positions_BL, mask, None, encoded_BLD, segments_BL)[0]

@@ -46,6 +46,11 @@ class TextClassifier:
         return self.experiment.objective.labels  # type: ignore[attr-defined]
 
     @property
+    def multi_label(self) -> bool:
+        """True if each class has a probability of its own."""
+        return self.experiment.objective.multi_label  # type: ignore[attr-defined]
+
+    @property
     def window(self) -> int:
         """Maximum number of text tokens per window."""
         return self.experiment.objective.length - 2  # type: ignore[attr-defined]  # [CLS], [SEP]
@@ -61,7 +66,8 @@ class TextClassifier:
             windows: maximum number of windows per text, from its start.
 
         Returns:
-            Probability of any of the classes, [N], and of each class, [N, C].
+            Probability of any of the classes, [N], and of each class, [N, C]; of independent
+            labels, the largest one for any of them.
         """
         length = self.window
         tokens: list[np.ndarray] = []
@@ -73,7 +79,8 @@ class TextClassifier:
             owners += [owner] * len(starts)
         each = self.probabilities(tokens)[:, list(columns)]
         together, by_class = np.zeros(len(texts)), np.zeros((len(texts), len(columns)))
-        np.maximum.at(together, owners, each.sum(-1))
+        any_of = each.max(-1) if self.multi_label else each.sum(-1)
+        np.maximum.at(together, owners, any_of)
         np.maximum.at(by_class, owners, each)
         return together, by_class
 
@@ -89,6 +96,8 @@ class TextClassifier:
                 jax.device_get(experiment.predict_steps(self.params, batch))[0] for batch in arrays
             ]
         scores = np.concatenate(found)[: len(tokens), : len(self.labels)]
+        if self.multi_label:
+            return 1 / (1 + np.exp(-scores))
         exponents = np.exp(scores - scores.max(-1, keepdims=True))
         return exponents / exponents.sum(-1, keepdims=True)
 

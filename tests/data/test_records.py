@@ -120,6 +120,15 @@ def test_a_bad_row_is_an_error_or_skipped_and_reported(
     assert problem in reported[0]
 
 
+def test_a_label_is_a_list_of_labels(make_data, write):
+    lines = ('{"text": "x", "label": ["b", "a,c"]}', '{"text": "y", "label": []}')
+    write("\n".join((*lines, '{"text": "z", "label": " b"}', '{"text": "z", "label": [null]}')))
+    records = iter(open_records("jsonl:a", make_data(labels=r"b,a\,c", multi_label=True)))
+    assert [next(records)[0]["label"] for _ in range(3)] == [r"b,a\,c", "", "b"]
+    with pytest.raises(UserError, match="a:4: 'label' is of type NoneType"):
+        next(records)
+
+
 @pytest.mark.parametrize("label", ["x", "nan", "inf", "1,5"])
 def test_without_names_a_label_is_a_number(make_data, write, label):
     write(f"text\tlabel\nx\t-2.5e-1\ny\t{label}\n")

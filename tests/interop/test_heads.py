@@ -16,6 +16,7 @@ from hf_models import (
     LLAMA,
     MODERNBERT,
     ROBERTA,
+    T5,
     build,
     safetensors,
     torch,
@@ -65,6 +66,7 @@ def of_pooler(model, ids):
     return model.pooled(model.hidden(ids), ONES)
 
 
+STARTED = {"decoder_start_token_id": 5}
 ENDED = dict.fromkeys(("eos_token_id", "decoder_start_token_id"), int(IDS[0, -1]))
 GROUPED, FIVE, THREE = {"num_key_value_heads": 2}, {"num_labels": 5}, {"num_labels": 3}
 # class: (configuration, our call, objective of the run)
@@ -89,6 +91,10 @@ HEADS = {
     "RobertaModel": (ROBERTA, of_pooler, "masked"),
     "BartForSequenceClassification": (BART | ENDED | THREE, of_text, "classification"),
     "BartForQuestionAnswering": (BART | ENDED, of_spans, "span_qa"),
+    "T5ForSequenceClassification": (T5 | ENDED | STARTED | THREE, of_text, "classification"),
+    "UMT5ForQuestionAnswering": (T5, of_spans, "span_qa"),
+    "MT5ForTokenClassification": (T5 | {"num_labels": 1}, of_tokens, "token_classification"),
+    "T5EncoderModel": (T5, of_hidden, "masked"),
     "ModernBertForSequenceClassification": (
         MODERNBERT | THREE | {"classifier_pooling": "mean", "classifier_bias": True},
         of_text,
@@ -134,7 +140,8 @@ def test_a_head_gives_their_logits_and_goes_back(name, tmp_path):
     config = run_config(folder)
     assert config.objective.name == objective
     n_labels = values.get("num_labels", 0)
-    names = ",".join(f"LABEL_{i}" for i in range(n_labels)) if n_labels > 1 else ""
+    is_number = call is of_text and n_labels == 1
+    names = ",".join(f"LABEL_{i}" for i in range(n_labels)) if not is_number else ""
     assert config.data.labels == names
 
     about = {key: values[key] for key in ENDED if key in values}
@@ -258,18 +265,23 @@ def test_classes_without_names_have_those_of_transformers(classifier, stated):
     ("kind", "n", "is_read"),
     [
         ("single_label_classification", 3, True),
-        ("multi_label_classification", 3, False),
-        ("regression", 3, False),
+        ("multi_label_classification", 3, True),
+        ("regression", 3, True),
         ("regression", 1, True),
         ("single_label_classification", 1, False),
-        ("multi_label_classification", 1, False),
+        ("multi_label_classification", 1, True),
         (["regression"], 1, False),
     ],
 )
 def test_other_problems_than_those_of_lm_are_refused(classifier, kind, n, is_read):
-    folder = with_outputs(classifier, n, problem_type=kind)
+    folder = with_outputs(classifier, n, problem_type=kind, id2label=None)
     if is_read:
-        assert run_config(folder).objective.name == "classification"
+        config = run_config(folder)
+        assert config.objective.name == "classification"
+        assert config.data.multi_label == (
+            kind.startswith("multi") or (kind, n) == ("regression", 3)
+        )
+        assert len(listed(config.data.labels)) == (0 if kind == "regression" else n)
         return
     with pytest.raises(UserError, match=r"config\.json: problem_type=.* is not supported with"):
         run_config(folder)

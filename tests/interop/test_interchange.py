@@ -209,16 +209,27 @@ def test_a_bare_encoder_is_fine_tuned_and_exported_as_a_classifier(
     np.testing.assert_allclose(scores, expected, atol=1e-4, rtol=0)
 
 
-def test_a_regression_goes_out_and_comes_back(folder, tmp_path, capsys, one_device):
+@pytest.mark.parametrize(
+    ("rows", "labels", "kind"),
+    [
+        ("a b\t0.5\nb c\t-1\n", "", "regression"),
+        ("a b\tx,y\nb c\tz\n", "x,y,z", "multi_label_classification"),
+    ],
+)
+def test_numbers_and_several_labels_go_out_and_come_back(
+    rows, labels, kind, folder, tmp_path, capsys, one_device
+):
     source, _ = folder("BertModel", BERT)
     workdir = import_run(capsys, source, tmp_path / "run")
-    (tmp_path / "scores.tsv").write_text("text\tlabel\n" + "a b\t0.5\nb c\t-1\n" * 8)
+    (tmp_path / "scores.tsv").write_text("text\tlabel\n" + rows * 8)
     tuned, out = tmp_path / "tuned", tmp_path / "out"
     words = [
         "--config.objective.name=classification",
         f"--config.init.from={workdir}",
         "--config.init.fresh=classifier",
         f"--config.data.source=tsv:{tmp_path}/scores.tsv",
+        f"--config.data.labels={labels}",
+        f"--config.data.multi_label={bool(labels)}",
         "--config.data.sequence_length=32",
         "--config.data.workers=1",
         "--config.train.steps=1",
@@ -227,10 +238,11 @@ def test_a_regression_goes_out_and_comes_back(folder, tmp_path, capsys, one_devi
     lm(capsys, "train", "--config", workdir / "run.json", "--workdir", tuned, *words)
     lm(capsys, "export", "--workdir", tuned, "--to", out)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out)
-    assert (theirs.config.num_labels, theirs.config.problem_type) == (1, "regression")
+    assert (theirs.config.num_labels, theirs.config.problem_type) == (3 if labels else 1, kind)
     again = import_run(capsys, out, tmp_path / "again")
     config = json.loads((again / "run.json").read_text())["config"]
-    assert (config["objective"]["name"], config["data"]["labels"]) == ("classification", "")
+    assert (config["objective"]["name"], config["data"]["labels"]) == ("classification", labels)
+    assert config["data"]["multi_label"] == bool(labels)
 
 
 def test_without_a_tokenizer_a_model_is_imported_but_not_used_with_another(

@@ -25,9 +25,9 @@ RNG = np.random.default_rng(0)
 def make_store(tmp_path):
     """Makes a store of a TSV file whose lines are given, tokenised as bytes."""
 
-    def make(*lines, labels=LABELS):
+    def make(*lines, labels=LABELS, multi_label=False):
         data = default().data
-        data.labels = ",".join(labels)
+        data.labels, data.multi_label = ",".join(labels), multi_label
         (tmp_path / "a.tsv").write_text("".join(f"{line}\n" for line in lines))
         records = open_records(f"tsv:{tmp_path}/a.tsv", data)
         return build_record_store(records, ByteTokenizer(), tmp_path / "cache")
@@ -138,6 +138,38 @@ def test_without_labels_a_number_is_target_message(make_store):
     assert float(sums.loss) == pytest.approx(0.5**2 + 2**2)
     assert float(sums.weight) == 2
     assert not sums.metrics
+
+
+def test_several_labels_have_a_probability_each(make_store):
+    lines = ("label\ttext", "good,bad\ta", "so so\tb", "bad, so so,good\tc")
+    store = make_store(*lines, multi_label=True)
+    objective = Classification(8, LABELS, SPECIAL, multi_label=True, n_outputs=3)
+    batch = stacked(rows(objective, store))
+    assert batch["label"].tolist() == [[1, 0, 1], [0, 1, 0], [1, 1, 1]]
+    batch["weights"][2] = 0
+    scores_BC = np.array([[0.5, -1, 2], [3, 1, 0], [2, 0.3, 0.1]], np.float32)
+    sums = objective.loss(Model(jnp.asarray(scores_BC)), batch)
+    chances = scipy.special.expit(scores_BC)
+    right = np.where(batch["label"] > 0, chances, 1 - chances)
+    assert float(sums.loss) == pytest.approx(-np.log(right[:2]).mean(-1).sum(), rel=1e-5)
+    assert float(sums.metrics["accuracy"]) == 1
+    assert objective.answers([store], scores_BC) == ["bad,good", "bad,so so", "bad,so so,good"]
+    assert [objective.reference(record) for record in store] == [
+        "bad,good",
+        "so so",
+        "bad,so so,good",
+    ]
+
+
+def test_several_numbers_are_a_target_each(make_store):
+    store = make_store("label\ttext", "1,-2\ta", "0.5,4\tb", labels=(), multi_label=True)
+    objective = Classification(8, (), SPECIAL, multi_label=True, n_outputs=2)
+    batch = stacked(rows(objective, store))
+    sums = objective.loss(Model(jnp.asarray([[1.0, 0.0], [0.5, 1.0]])), batch)
+    assert float(sums.loss) == pytest.approx((2**2 + 3**2) / 2)
+    assert objective.answers([store], np.array([[1.5, 2.0]])) == ["1.5,2"]
+    with pytest.raises(UserError, match="a label has 2 numbers instead of 3"):
+        rows(Classification(8, (), SPECIAL, multi_label=True, n_outputs=3), store)
 
 
 def test_the_encoder_knows_the_second_text_by_its_type(make_store):
