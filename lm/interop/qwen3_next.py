@@ -52,16 +52,17 @@ def _read_layers(hf: Values) -> Values:
 
 
 def _read(hf: Values) -> Values:
-    sizes: Values = {field: read_size(hf, name) for name, field in _SIZES.items()}
-    if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"]:
+    layers = _read_layers(hf)
+    is_used = len(layers["attention_layers"]) < read_size(hf, "num_hidden_layers")
+    sizes: Values = {field: read_size(hf, name) for name, field in _SIZES.items() if is_used}
+    if is_used and (not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"]):
         raise UnsupportedConfig(f"config.json: inconsistent sizes of {LINEAR}: {sizes}")
     activation = lm_word(hf, "hidden_act", ACTIVATIONS, "silu")
-    options = MambaOptions(**sizes, ssm_conv_bias=False, ssm_activation=activation)
+    layers["mixer_options"] = MambaOptions(**sizes, ssm_conv_bias=False, ssm_activation=activation)
     rope, found = read_rope(hf, partial=_PARTIAL), read_qwen_experts(hf)
     if found["n_experts"]:
         found["shared_expert_d_ff"] = read_size(hf, "shared_expert_intermediate_size")
     biases = {"attention_bias": "all" if hf.get("attention_bias") else "none"}
-    layers = _read_layers(hf) | {"mixer_options": options}
     return read_common(hf) | rope | even_rotation(hf, rope) | found | biases | layers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from math import lcm, prod
 from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
@@ -43,20 +43,21 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
         yield f"--config.parallel.mesh.stage={stages} does not support the modules of multi_token"
     if config.optimizer.qk_clip:
         yield f"--config.parallel.mesh.stage={stages} does not support --config.optimizer.qk_clip"
+    pattern_length = _pattern_length(model)
     for name, plain in (
         ("residual", "sum" if model.residual == "concat" else model.residual),
         ("dense_layers", 0),
         ("expert_layers", ()),
         ("first_norm", True),
         ("generator_layers", 0),
-        ("attention_layers", ()),
+        ("attention_layers", model.attention_layers if pattern_length < model.n_layers else ()),
     ):
         if model[name] != plain:
             yield (
                 f"--config.parallel.mesh.stage={stages} needs layers of one shape, not "
                 f"--config.model.{name}={model[name]}"
             )
-    every = model.experts_every if model.n_experts else 1
+    every = lcm(pattern_length, model.experts_every if model.n_experts else 1)
     groups = stages * options.repeats * every
     stacks = ["n_layers", "n_decoder_layers"][: 1 + (model.family == "encoder_decoder")]
     for name in stacks:
@@ -65,7 +66,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
                 f"--config.model.{name}={model[name]} is not divisible by {groups} "
                 f"({stages} --config.parallel.mesh.stage × "
                 f"{options.repeats} --config.parallel.pipeline.repeats"
-                + (f" × {every} --config.model.experts_every)" if every > 1 else ")")
+                + (f" × {every} layers of the repeating pattern)" if every > 1 else ")")
             )
     microbatches = options.microbatches or stages
     if microbatches % stages:
@@ -73,6 +74,13 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
             f"--config.parallel.pipeline.microbatches={microbatches} is not a multiple of "
             f"--config.parallel.mesh.stage={stages}"
         )
+
+
+def _pattern_length(model: ConfigDict) -> int:
+    """Return the length of the repeating pattern of `attention_layers`."""
+    n = model.n_layers
+    marks = [i in model.attention_layers for i in range(n)]
+    return next(k for k in range(1, n + 1) if n % k == 0 and marks == marks[:k] * (n // k))
 
 
 def _batch_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:

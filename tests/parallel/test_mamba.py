@@ -18,12 +18,16 @@ MESHES = {
     "fsdp=2,tensor=2": ({"fsdp": 2, "tensor": 2}, MAMBA),
     "tensor=4": ({"data": 2, "tensor": 4}, HYBRID),  # more devices than groups
     "stage=2": ({"stage": 2, "data": 2}, MAMBA),
-    "delta, fsdp=2,tensor=2": ({"fsdp": 2, "tensor": 2}, DELTA),
-    "delta, tensor=4": (
-        {"data": 2, "tensor": 4},
-        DELTA | {"model__attention_layers": (1,), "model__feed_forward": True},
+    "delta, stage=2,tensor=2": (
+        {"stage": 2, "tensor": 2, "data": 2},
+        DELTA | {"model__attention_layers": (1, 3), "model__n_layers": 4},
     ),
-    "delta, stage=2": ({"stage": 2, "data": 2}, DELTA),
+    "delta, fsdp=2,tensor=4": (
+        {"fsdp": 2, "tensor": 4},
+        DELTA
+        | {"model__attention_layers": (1,), "model__attention_gate": True}
+        | {"model__feed_forward": True},
+    ),
 }
 
 
