@@ -182,7 +182,7 @@ FIELDS = {
     "hidden_act": one_of("silu", "silu", "gelu", "gelu_new", "relu", "swish"),
     "hidden_activation": one_of("gelu_pytorch_tanh", "gelu", "silu", "relu"),
     "activation_function": ANY_ACTIVATION,
-    "sliding_window": size(2, 30),
+    "sliding_window": size(1, 30),
     "layer_types": layer_kinds(LOCAL, GLOBAL),
     "max_window_layers": size(0, 6),
     "query_pre_attn_scalar": size(3, 40),
@@ -237,7 +237,8 @@ FIELDS = {
     "pos_att_type": one_of("p2c|c2p", ["c2p", "p2c"], "c2p", ["p2c"]),
     "position_biased_input": lambda rng, v: not v["relative_attention"] and rng.random() < 0.8,
     "pooler_hidden_act": mostly("gelu", "tanh", "relu", part=0.6),
-    "conv_kernel_size": mostly(0, 3),
+    "conv_kernel_size": one_of(0, 0, 3, 1, 5),
+    "conv_act": one_of("tanh", "gelu", "relu"),
     "local_attention": lambda rng, v: 2 * rng.randint(1, 12),
     "global_attn_every_n_layers": size(1, 4),
     "decoder_bias": mostly(True, False),
@@ -301,7 +302,8 @@ OF_FAMILY = {
     **dict.fromkeys(("bert", "roberta", "electra"), BERT_ACTIVATION),
     "deberta-v2": BERT_ACTIVATION
     | {key: FIELDS[key] for key in ("position_buckets", "norm_rel_ebd", "share_att_key")}
-    | {"conv_kernel_size": mostly(0, 3), "embedding_size": lambda rng, v: v["hidden_size"]}
+    | {"conv_kernel_size": FIELDS["conv_kernel_size"], "conv_act": FIELDS["conv_act"]}
+    | {"embedding_size": lambda rng, v: v["hidden_size"]}
     | {"type_vocab_size": size(0, 3)},
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
@@ -536,13 +538,27 @@ def compare_greedy(run, theirs, prompt):
     with torch.no_grad():
         ones = torch.ones(prompt.shape, dtype=torch.long)
         found = theirs.generate(
-            torch.tensor(prompt), attention_mask=ones, max_new_tokens=N_NEW, do_sample=False
+            torch.tensor(prompt),
+            attention_mask=ones,
+            max_new_tokens=N_NEW,
+            do_sample=False,
+            use_cache=has_right_cache(theirs.config),
         )
     expected = found[0, prompt.shape[1] :].tolist()
     options = Sampling(temperature=0), 0, Controls()
     steps = sample_steps(run.model, run.params, prompt, N_NEW, *options)
     ours = [int(np.asarray(ids)[0]) for ids in steps]
     return None if ours == expected else f"greedy tokens {ours} instead of {expected}"
+
+
+def has_right_cache(config):
+    """Return whether the cached steps of transformers 5.23 equal its pass over the whole text.
+
+    Its cache keeps all tokens, not none, for a window of 1, and its cached steps of Mamba-2 do not
+    limit step sizes.
+    """
+    limits = tuple(getattr(config, "time_step_limit", None) or (0.0, math.inf))
+    return limits == (0.0, math.inf) and getattr(config, "sliding_window", None) != 1
 
 
 def reset(model):

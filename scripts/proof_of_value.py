@@ -122,6 +122,9 @@ VARIANTS = {
     "denoising encoder_decoder": "objective.name=denoising model.family=encoder_decoder "
     "model.separate_embeddings=true model.embedding_norm=true model.norm_placement=post "
     "model.position_offset=2 model.activation=gelu_erf",
+    "denoising encoder_decoder, tokens apart": "objective.name=denoising "
+    "model.family=encoder_decoder model.separate_tokens=true model.tie_embeddings=false",
+    "masked encoder, convolution": f"{MASKED} model.first_conv=3 model.norm_placement=post",
     "masked encoder": f"{MASKED} objective.whole_word=true model.init_truncated=true",
     "masked encoder, next sentence": f"{MASKED} objective.next_sentence=true model.token_types=2 "
     "model.embedding_norm=true model.norm_placement=post model.activation=gelu_erf",

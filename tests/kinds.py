@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, object]] = {
         "model.relative_max_distance": 12,
         "model.embedding_norm": True,
         "model.norm_placement": "post",
+        "model.first_conv": 3,
         "objective.whole_word": True,
     },
     "masked encoder window": {
@@ -81,6 +82,8 @@ KINDS: dict[str, dict[str, object]] = {
         "model.norm_placement": "post",
         "model.position_offset": 2,
         "model.activation": "gelu_erf",
+        "model.separate_tokens": True,
+        "model.tie_embeddings": False,
     },
     "seq2seq encoder_decoder": {
         "objective.label_smoothing": 0.1,

@@ -279,6 +279,8 @@ VALUES = {
     "model.generator_width": (0, 8, 12),
     "model.generator_layers": (0, 1),
     "model.separate_embeddings": (False, True),
+    "model.separate_tokens": (False, True),
+    "model.first_conv": (0, 2, 3),
     "model.embedding_norm": (False, True),
     "model.positions": (
         *("none", "learned", "rotary", "sinusoidal", "relative", "alibi", "disentangled"),

@@ -123,6 +123,11 @@ COMMON_KEYS: dict[str, Key] = {
         "embeddings (BART).",
         needs=("model.family", "encoder_decoder"),
     ),
+    "model.separate_tokens": Key(
+        False,
+        "Source and target have separate token embeddings.",
+        needs=("model.family", "encoder_decoder"),
+    ),
     "model.bias": Key(True, "Linear layers have biases."),
     "model.attention_bias": Key(
         "same",
@@ -208,8 +213,22 @@ COMMON_KEYS: dict[str, Key] = {
         "tanh",
         "Activation of the pooler, BERT's dense layer over the first token (ELECTRA, DeBERTa: "
         "gelu_erf).",
-        choices=("tanh", "gelu_erf"),
+        choices=("tanh", "gelu_erf", "gelu_tanh", "relu", "silu"),
         needs=("model.family", "encoder"),
+    ),
+    "model.first_conv": Key(
+        0,
+        "Width, in tokens, of a convolution of the embeddings that is added to the output of the "
+        "first layer (DeBERTa v2); an odd number; 0: none.",
+        low=0,
+        high=99,
+        needs=("model.family", "encoder"),
+    ),
+    "model.conv_activation": Key(
+        "tanh",
+        "Activation of that convolution.",
+        choices=("tanh", "gelu_erf", "gelu_tanh", "relu", "silu"),
+        needs=("model.first_conv",),
     ),
     "model.generator_width": Key(
         0,

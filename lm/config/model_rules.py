@@ -84,6 +84,13 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
         yield from _generator_rules(config)
     if model.n_encoder_heads:
         yield from _encoder_rules(model)
+    if model.separate_tokens and model.tie_embeddings:
+        yield "--config.model.separate_tokens is for --config.model.tie_embeddings=false"
+    if model.first_conv and (model.first_conv % 2 == 0 or model.norm_placement != "post"):
+        yield (
+            f"--config.model.first_conv={model.first_conv} is for an odd number of tokens and "
+            f"--config.model.norm_placement=post, not {model.norm_placement}"
+        )
     if model.dense_layers and not model.n_experts:
         yield f"--config.model.dense_layers={model.dense_layers} needs --config.model.n_experts"
 
@@ -113,7 +120,7 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
             f"--config.model.d_model={model.d_model} must be even and above 2 for the sinusoidal "
             "positions of --config.model.n_mels"
         )
-    for name in ("separate_embeddings", "mup_base_width", "copy"):
+    for name in ("separate_embeddings", "separate_tokens", "mup_base_width", "copy"):
         if model[name]:
             yield f"--config.model.{name} is not for --config.model.n_mels"
 

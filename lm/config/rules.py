@@ -14,9 +14,8 @@ POSITION_BIASES = ("relative", "alibi", "disentangled")
 # Keys that trigger `further_rules.py` and `model_rules.py` when they are not at their defaults, and
 # keys that hold regular expressions.
 FURTHER_KEYS = (
-    *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision"),
+    *("eval.metrics", "eval.safety", "eval.best", "log.trackers", "train.precision", "data.labels"),
     *("train.profile", "data.canaries", "data.batch_ramp", "data.length_ramp", "optimizer.qk_clip"),
-    "data.labels",
 )
 FURTHER_MODEL_KEYS = (
     *("family", "bidirectional", "pooling", "init", "init_truncated", "residual", "rope_scaling"),

@@ -1,11 +1,11 @@
 """BART (Lewis et al. 2020), with the output layer or the heads of its classes for tasks, and mBART.
 
 Encoder and decoder have separate position tables, whose rows 0 and 1 are unused, and embedding
-norms. The tensors of a file determine whether the output is tied: `tie_word_embeddings` in
-config.json would also untie the encoder's tokens from the decoder's. The bias of the logits, which
-the class stores as a buffer, is zero in the released files; other values are refused. For tasks the
-decoder reads the text after its own end. mBART (Liu et al. 2020) normalizes the inputs of sublayers
-and the output of a stack.
+norms. Their token tables are separate if `tie_word_embeddings` is false; a third one, which the
+class then has but does not use, is a copy of the decoder's. Otherwise the tensors of a file
+determine whether the output is tied. The bias of the logits, which the class stores as a buffer, is
+zero in the released files; other values are refused. For tasks the decoder reads the text after its
+own end. mBART (Liu et al. 2020) normalizes the inputs of sublayers and the output of a stack.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lm.interop.family import (
     lm_word,
     read_size,
 )
+from lm.interop.tensor_files import StoredTensor
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -33,6 +34,7 @@ from lm.interop.tensor_mapping import (
 )
 from lm.models.transformer_config import TransformerConfig
 
+_TOKENS = "model.{}.embed_tokens.weight"
 OFFSET = 2  # rows of the position tables before position 0
 
 
@@ -69,12 +71,22 @@ def _stack(stack: str, positions: str, norm: str) -> list[TensorMapping]:
 
 
 def _base(config: TransformerConfig) -> list[TensorMapping]:
+    apart = (("encoder", "source_tokens"), ("decoder", "tokens")) if config.separate_tokens else ()
     return [
         same_layout("model.shared.weight", "tokens/embedding"),
+        *(same_layout(_TOKENS.format(stack), f"{path}/embedding") for stack, path in apart),
         *_stack("encoder", "source_positions", "source_embedding_norm"),
         *_stack("decoder", "positions", "embedding_norm"),
         output_mapping("lm_head.weight"),
     ]
+
+
+def _with_tables(hf: Values, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors with the tables that files of before transformers 5 lack."""
+    if hf.get("tie_word_embeddings") is not False or "model.shared.weight" not in stored:
+        return stored
+    table = stored["model.shared.weight"]
+    return {_TOKENS.format(stack): table for stack in ("encoder", "decoder")} | stored
 
 
 def read_stacks(hf: Values) -> Values:
@@ -111,10 +123,12 @@ def write_stacks(config: TransformerConfig) -> Values:
 
 
 def _read(hf: Values) -> Values:
+    apart = hf.get("tie_word_embeddings") is False
     return (
         read_stacks(hf)
         | read_start(hf, 2)
-        | {"scale_embeddings": hf.get("scale_embedding", False), "tie_embeddings": True}
+        | {"scale_embeddings": hf.get("scale_embedding", False), "tie_embeddings": not apart}
+        | {"separate_tokens": apart}
     )
 
 
@@ -125,7 +139,10 @@ def read_start(hf: Values, default: int | None = None) -> Values:
 
 
 def _write(config: TransformerConfig) -> Values:
-    values = {"scale_embedding": config.scale_embeddings, "tie_word_embeddings": True}
+    values = {
+        "scale_embedding": config.scale_embeddings,
+        "tie_word_embeddings": not config.separate_tokens,
+    }
     return write_stacks(config) | write_start(config) | values
 
 
@@ -180,9 +197,10 @@ BART = Family(
     output="lm_head.weight",
     table="model.shared.weight",
     copies={
-        "model.encoder.embed_tokens.weight": "model.shared.weight",
-        "model.decoder.embed_tokens.weight": "model.shared.weight",
+        _TOKENS.format("encoder"): "model.shared.weight",
+        _TOKENS.format("decoder"): "model.shared.weight",
     },
+    adapted=_with_tables,
     in_file=["tie_embeddings"],
     constants={"final_logits_bias": lambda c: np.zeros((1, c.vocab_size), np.float32)},
     objective="denoising",
@@ -198,8 +216,12 @@ def _mbart_base(config: TransformerConfig) -> list[TensorMapping]:
 MBART = replace(
     BART,
     model_type="mbart",
-    classes={frozenset(): "MBartForConditionalGeneration"},
-    heads={},
+    classes={
+        frozenset(): "MBartForConditionalGeneration",
+        frozenset({"spans"}): "MBartForQuestionAnswering",
+    },
+    heads={"spans": HEADS["spans"]},
     base=_mbart_base,
-    fixed={**BART.fixed, "norm_placement": "pre", "pooling": "family"},
+    read=lambda hf: _read(hf) | {"start_id": -1},  # always the last token, the language
+    fixed={**BART.fixed, "norm_placement": "pre"},
 )

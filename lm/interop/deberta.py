@@ -21,6 +21,7 @@ from lm.interop.family import (
     read_size,
     require_equal,
 )
+from lm.interop.tensor_files import StoredTensor
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -32,7 +33,8 @@ from lm.models.transformer_config import TransformerConfig
 
 _LAYERS, _LAYER = "stack/layers", "deberta.encoder.layer.{}"
 _TERMS = {frozenset(("c2p", "p2c")): "both"} | {frozenset((x,)): x for x in ("c2p", "p2c")}
-_HEAD = "cls.predictions"
+_HEAD, _CONV = "cls.predictions", "deberta.encoder.conv"
+_CURVES = {"tanh": "tanh", **ACTIVATIONS}
 
 
 def _base(config: TransformerConfig) -> list[TensorMapping]:
@@ -45,6 +47,9 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
         *norm_mappings(f"{embeddings}.LayerNorm", "embedding_norm"),
         same_layout("deberta.encoder.rel_embeddings.weight", "stack/relative_table/embedding"),
         *norm_mappings("deberta.encoder.LayerNorm", "stack/relative_table/norm"),
+        TensorMapping(f"{_CONV}.conv.weight", ("stack/convolution/kernel",), "O I K", "K I O"),
+        same_layout(f"{_CONV}.conv.bias", "stack/convolution/bias"),
+        *norm_mappings(f"{_CONV}.LayerNorm", "stack/convolution_norm"),
         *linear_mappings(f"{of_self}.query_proj", f"{attention}/query", "D", "H K"),
         *linear_mappings(f"{of_self}.key_proj", f"{attention}/key", "D", "H K"),
         *linear_mappings(f"{of_self}.value_proj", f"{attention}/value", "D", "H K"),
@@ -58,9 +63,19 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
     ]
 
 
+def _adapted(hf: Values, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors without the norm of a position table that the model does not have."""
+    unused = () if hf.get("relative_attention") else ("weight", "bias")
+    names = {f"deberta.encoder.LayerNorm.{name}" for name in unused}
+    return {name: tensor for name, tensor in stored.items() if name not in names}
+
+
 def _read(hf: Values) -> Values:
     width = hf.get("embedding_size") or hf["hidden_size"]
-    require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_kernel_size=0)
+    require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_groups=1)
+    conv = read_size({"conv_kernel_size": 0} | hf, "conv_kernel_size")
+    if conv and conv % 2 == 0:
+        raise UnsupportedConfig(f"config.json: conv_kernel_size={conv} is even")
     is_tied = hf.get("tie_word_embeddings", True) or not hf.get("legacy", True)
     kinds = hf.get("pos_att_type") or []
     kinds = kinds.lower().split("|") if isinstance(kinds, str) else kinds
@@ -70,9 +85,9 @@ def _read(hf: Values) -> Values:
     return positions(hf, terms, length) | {
         "max_length": length,
         "activation": lm_word(hf, "hidden_act", ACTIVATIONS, "gelu"),
-        "pooler_activation": lm_word(
-            hf, "pooler_hidden_act", {"gelu": "gelu_erf", "tanh": "tanh"}, "gelu"
-        ),
+        "pooler_activation": lm_word(hf, "pooler_hidden_act", _CURVES, "gelu"),
+        "first_conv": conv,
+        "conv_activation": lm_word(hf, "conv_act", _CURVES, "tanh"),
         "norm_eps": hf.get("layer_norm_eps", 1e-7),
         "tie_embeddings": is_tied,
         "dropout": hf.get("hidden_dropout_prob", 0.1),
@@ -133,7 +148,9 @@ def _write(config: TransformerConfig) -> Values:
         "max_relative_positions": longest if is_relative else -1,
         "max_position_embeddings": c.max_length,
         "hidden_act": hf_word(c.activation, ACTIVATIONS, "activation"),
-        "pooler_hidden_act": "gelu" if c.pooler_activation == "gelu_erf" else "tanh",
+        "pooler_hidden_act": hf_word(c.pooler_activation, _CURVES, "pooler_activation"),
+        "conv_kernel_size": c.first_conv,
+        "conv_act": hf_word(c.conv_activation, _CURVES, "conv_activation"),
         "pooler_hidden_size": c.d_model,
         "layer_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
@@ -188,5 +205,6 @@ DEBERTA = Family(
             ("bias", "bias"),
         )
     },
+    adapted=_adapted,
     left_out=["generator", "replaced_transform", "replaced_head"],
 )

@@ -440,6 +440,8 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
         unused |= {"relative_buckets", "relative_max_distance", "relative_per_layer"}
     if not c.tie_embeddings:
         unused.add("scale_logits")
+    if not c.first_conv:
+        unused.add("conv_activation")
     kinds = c.layer_types(c.n_layers)
     if all(kind.feed_forward == "none" for kind in kinds):
         unused |= {"d_ff", "activation", "bias"}
@@ -450,6 +452,7 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
         unused |= {"attention_scale", "qk_norm", "rope_fraction"}
     if model != "encoder_decoder":
         unused |= {"n_decoder_layers", "separate_embeddings", "n_encoder_heads", "encoder_d_ff"}
+        unused.add("separate_tokens")
     else:
         values["n_decoder_layers"] = c.n_decoder_layers or c.n_layers
         values["n_encoder_heads"] = c.n_encoder_heads or c.n_heads

@@ -200,7 +200,7 @@ def even_rotation(hf: Values, found: Values) -> Values:
     """
     head = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
     width = int(head * found["rope_fraction"])
-    if width % 2 == 0 or found["rope_scaling"] not in ("none", "linear", "llama3"):
+    if width % 2 == 0 or found["rope_scaling"] in ("yarn", "dynamic"):
         return {}
     theta = found["rope_theta"] ** ((width + 1) / width)
     return {"rope_fraction": (width + 1) / head, "rope_theta": theta}

@@ -12,6 +12,7 @@ from typing import Any
 
 from lm.config.model_rules import rotary_width
 from lm.config.registries import MambaOptions
+from lm.errors import UserError
 from lm.interop.activation_words import ACTIVATIONS
 from lm.interop.family import (
     Family,
@@ -42,8 +43,7 @@ from lm.interop.tensor_mapping import (
 from lm.models.transformer_config import TransformerConfig
 
 _OURS = "stack/layers/attention"
-# JSON has no infinity; transformers writes it as an object.
-_UNLIMITED = (None, [0.0, inf], [0.0, {"__float__": "Infinity"}])
+_INFINITY = {"__float__": "Infinity"}  # as transformers writes it: JSON has none
 _INPUTS = {"x": "H M", "B": "G N", "C": "G N"}
 
 
@@ -86,17 +86,34 @@ def _read_mixer(hf: Values, names: dict[str, str], bias: str, conv_bias: str) ->
     sizes = {field: read_size(hf, name) for name, field in names.items()}
     if not all(sizes.values()) or sizes["ssm_heads"] % sizes["ssm_groups"] or sizes["ssm_conv"] < 2:
         raise UnsupportedConfig(f"config.json: inconsistent sizes of Mamba-2: {sizes}")
-    if hf.get("time_step_limit") not in _UNLIMITED:
-        raise UnsupportedConfig(
-            f"config.json: time_step_limit={hf['time_step_limit']} is not supported, only no limit"
-        )
+    low, high = _step_limits(hf.get("time_step_limit"))
     options = MambaOptions(
         **sizes,
         ssm_bias=bool(hf.get(bias)),
         ssm_conv_bias=bool(hf[conv_bias]),
         ssm_activation=lm_word(hf, "hidden_act", ACTIVATIONS, "silu"),
+        ssm_step_low=low,
+        ssm_step_high=high,
     )
     return {"mixer_options": options}
+
+
+def _step_limits(value: Any) -> tuple[float, float]:
+    """Return the limits of step sizes, of which 0 is none, from `time_step_limit`."""
+    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else (0.0, value)
+    if high is None or high in (inf, _INFINITY):
+        high = 0.0
+    for limit in (low, high):
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < inf:
+            raise UserError(f"config.json: time_step_limit={value!r:.60} are not two numbers")
+    if high and low > high:
+        raise UserError(f"config.json: time_step_limit={value!r:.60} are not in order")
+    return float(low), float(high)
+
+
+def _write_step_limits(o: MambaOptions) -> Values:
+    limits = [o.ssm_step_low, o.ssm_step_high or _INFINITY]
+    return {"time_step_limit": limits} if o.ssm_step_low or o.ssm_step_high else {}
 
 
 def _options(config: TransformerConfig) -> MambaOptions:
@@ -139,14 +156,19 @@ def _write_mamba2(config: TransformerConfig) -> Values:
         raise UnsupportedConfig(f"model.feed_forward={config.feed_forward}")
     o = _options(config)
     expand = o.ssm_heads * o.ssm_head_dim / config.d_model
-    return {name: getattr(o, field) for name, field in _SIZES.items()} | {
-        "expand": int(expand) if expand == int(expand) else expand,
-        "layer_norm_epsilon": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": hf_word(o.ssm_activation, ACTIVATIONS, "ssm_activation"),
-        "use_bias": o.ssm_bias,
-        "use_conv_bias": o.ssm_conv_bias,
-    }
+    sizes = {name: getattr(o, field) for name, field in _SIZES.items()}
+    return (
+        sizes
+        | _write_step_limits(o)
+        | {
+            "expand": int(expand) if expand == int(expand) else expand,
+            "layer_norm_epsilon": config.norm_eps,
+            "tie_word_embeddings": config.tie_embeddings,
+            "hidden_act": hf_word(o.ssm_activation, ACTIVATIONS, "ssm_activation"),
+            "use_bias": o.ssm_bias,
+            "use_conv_bias": o.ssm_conv_bias,
+        }
+    )
 
 
 _ALWAYS: dict[str, Any] = {
@@ -243,6 +265,7 @@ def _write_bamba(config: TransformerConfig) -> Values:
     return (
         write_decoder(c)
         | {name: getattr(o, field) for name, field in _BAMBA_SIZES.items()}
+        | _write_step_limits(o)
         | {
             "mamba_expand": int(expand),
             "mamba_proj_bias": o.ssm_bias,

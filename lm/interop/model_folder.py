@@ -249,12 +249,13 @@ def open_model_folder(path: Path) -> ModelFolder:
                 n_classes = next(iter(stored[mapping.name].shape), 0)
                 config = replace(config, n_classes=n_classes)
     if any(family.heads[name].replaces_output for name in heads):
-        config = replace(config, tie_embeddings=True)  # there is no output projection to tie to
+        # There is no output projection to tie to.
+        config = replace(config, tie_embeddings=not config.separate_tokens)
     tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)
     config = replace(config, tie_embeddings=tied)
-    stored, replaced = _without_copies(path, family, tied, stored)
+    stored, replaced = _without_copies(path, family, config, stored)
     found = ModelFolder(family, config, heads, stored, about, (*further, *unused, *replaced))
     if family.fused:
         times = {name: count(config) for name, count in family.alternating.items()}
@@ -371,17 +372,18 @@ def _repeats(stored: Mapping[str, StoredTensor], copy: str, original: str) -> bo
 
 
 def _without_copies(
-    path: Path, family: Family, tied: bool, stored: Mapping[str, StoredTensor]
+    path: Path, family: Family, config: TransformerConfig, stored: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, StoredTensor], list[str]]:
     """Drop the tensors that repeat others; also return the names of those that others replace.
 
     In an encoder with an untied output layer the copied bias is the one in use.
     """
-    found, replaced = dict(stored), []
+    found, replaced, tied = dict(stored), [], config.tie_embeddings
+    own = {mapping.name for mapping in family.base(config)}
     if tied:
         found.pop(family.output, None)
     for copy, original in family.copies.items():
-        if copy not in found:
+        if copy not in found or copy in own:
             continue
         if not tied and family.model == "encoder":
             replaced += [] if _repeats(found, copy, original) else [original]

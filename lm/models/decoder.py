@@ -72,14 +72,15 @@ class Model(TaskHeads):
         tokens_BL: jax.Array,
         positions_BL: jax.Array | None = None,
         types_BL: jax.Array | None = None,
-        names: tuple[str, ...] = ("positions", "embedding_norm", "embedding_projection"),
+        names: tuple[str, ...] = ("tokens", "positions", "embedding_norm", "embedding_projection"),
     ) -> tuple[jax.Array, jax.Array]:
         """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given.
 
-        `names` are those of the position table, norm and projection, if the model has them.
+        `names` are those of the token table and, if the model has them, the position table, norm
+        and projection.
         """
-        c, table, norm, project = self.config, *(getattr(self, name, None) for name in names)
-        x_BLD = self.tokens(tokens_BL)
+        c, table, norm, project = self.config, *(getattr(self, name, None) for name in names[1:])
+        x_BLD = getattr(self, names[0])(tokens_BL)
         scale = (c.d_model / c.width_ratio) ** 0.5 if c.scale_embeddings else 1.0
         if scale * c.embedding_multiplier != 1:
             x_BLD *= jnp.asarray(scale * c.embedding_multiplier, c.dtype)

@@ -16,12 +16,15 @@ class EmbeddingConfig:
     token_types: int = 0
     embedding_size: int = 0
     separate_embeddings: bool = False
+    separate_tokens: bool = False
     tie_embeddings: bool = True
     scale_logits: bool = False
     logits_scaling: float = 1.0
     logit_softcap: float = 0.0
     transform_bias: bool = True
     transform_activation: str = "family"
+    first_conv: int = 0
+    conv_activation: str = "tanh"
     first_norm: bool = True
     copy: bool = False
     n_classes: int = 0

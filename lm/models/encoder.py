@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
-from lm.kernels.elementwise import ACTIVATIONS, gelu_erf, output_activation
+from lm.kernels.elementwise import ACTIVATIONS, output_activation
 from lm.models.decoder import Model
 from lm.models.generator import Generator, generator_config
 from lm.models.layers import make_norm
@@ -22,7 +22,7 @@ from lm.models.transformer import Stack
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain
 
-POOLERS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, "gelu_erf": gelu_erf}
+POOLERS: dict[str, Callable[[jax.Array], jax.Array]] = {"tanh": jnp.tanh, **ACTIVATIONS}
 
 
 class Encoder(Model):
@@ -31,7 +31,12 @@ class Encoder(Model):
     def setup(self) -> None:
         super().setup()
         c = self.config
-        self.stack = Stack(c, c.n_layers, self.deterministic, causal=False)
+        stack = Stack
+        if c.first_conv:
+            from lm.models.convolved_stack import ConvolvedStack
+
+            stack = ConvolvedStack
+        self.stack = stack(c, c.n_layers, self.deterministic, causal=False)
         transform = Role(Kind.MATRIX, "predicted", "pretraining")
         self.transform = self._linear(self.output_width, "pooled", transform, c.transform_bias)
         self.transform_norm = make_norm(c, part="pretraining")
@@ -101,7 +106,7 @@ class Encoder(Model):
         segment_ids_BL: jax.Array | None = None,
     ) -> jax.Array:
         """Return the generator's hidden states [B, L, W], from this model's embeddings."""
-        names = ("positions", "embedding_norm", "")
+        names = ("tokens", "positions", "embedding_norm", "")
         x_BLE, positions_BL = self.embed(tokens_BL, positions_BL, names=names)
         return self.generator(x_BLE, positions_BL, segment_ids_BL)
 

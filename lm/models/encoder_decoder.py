@@ -15,7 +15,7 @@ from lm.kernels.dot_product_attention import AttentionMask
 from lm.models.cache import Cache, init_cache
 from lm.models.copying import CopyState, EncodedSource, attend_to_source, mixed_logits
 from lm.models.decoder import Model, position_table
-from lm.models.layers import make_norm
+from lm.models.layers import Embedding, make_norm
 from lm.models.task_layers import last_of_row
 from lm.models.transformer import Stack
 from lm.models.transformer_config import TransformerConfig
@@ -34,8 +34,9 @@ def encoder_config(config: TransformerConfig) -> TransformerConfig:
 class EncoderDecoder(Model):
     """Encoder-decoder Transformer: Vaswani et al. 2017, T5 (Raffel et al. 2020) and others.
 
-    Source and target share the token embeddings; with `separate_embeddings` (BART, Lewis et al.
-    2020) the source has its own position table and embedding norm. With `n_mels` the source
+    Source and target share the token embeddings, unless `separate_tokens`; with
+    `separate_embeddings` (BART, Lewis et al. 2020) the source has its own position table and
+    embedding norm. With `n_mels` the source
     is audio, which `AudioFrontEnd` embeds (Whisper, Radford et al. 2022). With `copy` the output
     distribution covers generated and copied tokens, and the hidden states that logits are
     computed from are a `CopyState`.
@@ -47,6 +48,10 @@ class EncoderDecoder(Model):
         of_source = encoder_config(c)
         self.encoder = Stack(of_source, c.n_layers, self.deterministic, causal=False)
         self.decoder = Stack(c, self.n_decoder_layers, self.deterministic, causal=True)
+        if c.separate_tokens:
+            width, role = c.embedding_size or c.d_model, Role(Kind.EMBEDDING, "source", "input")
+            table = c.vocab_size, width, "vocab", role, c.table_init, c.dtype
+            self.source_tokens = Embedding(*table)
         if c.separate_embeddings and c.positions == "learned":
             self.source_positions = position_table(of_source)
         if c.separate_embeddings and c.embedding_norm:
@@ -134,8 +139,10 @@ class EncoderDecoder(Model):
             x_BSD, positions_BS = self.front_end(source, positions_BS)
             x_BSD = constrain(self.dropout(x_BSD), "rows", "residual_length", "embed")
         else:
+            tokens = "source_tokens" if self.config.separate_tokens else "tokens"
             prefix = "source_" if self.config.separate_embeddings else ""
-            names = (f"{prefix}positions", f"{prefix}embedding_norm", "embedding_projection")
+            further = f"{prefix}positions", f"{prefix}embedding_norm", "embedding_projection"
+            names = tokens, *further
             x_BSD, positions_BS = self.embed(source, positions_BS, names=names)
         return self.encoder(x_BSD, positions_BS, AttentionMask(False, source_segments_BS))[0]
 

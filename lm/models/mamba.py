@@ -138,7 +138,7 @@ class StateSpaceMixer(TokenMixer):
         self, x_BLW: jax.Array, inputs: MixerInputs, cache: Any, layer: Layer | None
     ) -> tuple[jax.Array, Any]:
         """Update the states with these tokens; padding leaves them unchanged."""
-        c = self.config
+        c, o = self.config, self.config.mixer_options
         if cache is None:
             own = jax.tree.map(lambda x: x[0], self.init_cache(c, 1, x_BLW.shape[0], 0))
         else:
@@ -155,6 +155,8 @@ class StateSpaceMixer(TokenMixer):
             convolved.append(y)
         is_token_BL1 = is_token_BL[..., None]
         dt_BLH = jax.nn.softplus(self.step(x_BLW).astype(jnp.float32) + self.step_bias)
+        if o.ssm_step_low or o.ssm_step_high:
+            dt_BLH = jnp.clip(dt_BLH, o.ssm_step_low, o.ssm_step_high or None)
         steps = dt_BLH * is_token_BL1, is_token_BL1
         y_BLHP, state = self.recur(RecurrenceInputs(x_BLW, convolved, *steps, ids_BL, own.state))
         y_BLHP = self.gated_norm(y_BLHP, self.gate(x_BLW).astype(jnp.float32))

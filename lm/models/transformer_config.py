@@ -186,7 +186,7 @@ class TransformerConfig(
                     mixer="attention" if i in self.attention_layers else self.mixer,
                     is_local=not is_global_N[i],
                     scannable=self.residual != "concat" and not self.unrolled,
-                    group=int(i >= self.dense_layers) + 2 * len(raw),
+                    group=int(i >= max(self.dense_layers, self.first_conv > 0)) + 2 * len(raw),
                     raw_input=SUBLAYERS if self.residual == "parallel" else raw,
                 )
             )

@@ -47,6 +47,7 @@ def _stage_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]:
     for name, plain in (
         ("residual", "sum" if model.residual == "concat" else model.residual),
         ("dense_layers", 0),
+        ("first_conv", 0),
         ("expert_layers", ()),
         ("first_norm", True),
         ("generator_layers", 0),

@@ -387,7 +387,8 @@ ENCODERS = {
         DEBERTA
         | {"type_vocab_size": 2, "tie_word_embeddings": False, "position_buckets": -1}
         | {"max_relative_positions": 9, "num_attention_heads": 4, "hidden_act": "gelu_new"}
-        | {"share_att_key": False, "norm_rel_ebd": "none", "pos_att_type": ["p2c"]},
+        | {"share_att_key": False, "norm_rel_ebd": "none", "pos_att_type": ["p2c"]}
+        | {"conv_kernel_size": 3, "conv_act": "gelu"},
     ),
     "deberta-absolute": (
         "DebertaV2ForMaskedLM",
@@ -443,7 +444,7 @@ DECODERS |= {
         MAMBA2
         | {"n_groups": 4, "conv_kernel": 3, "expand": 1, "num_heads": 4}
         | {"tie_word_embeddings": False, "use_bias": True}
-        | {"use_conv_bias": False, "hidden_act": "gelu"},
+        | {"use_conv_bias": False, "hidden_act": "gelu", "time_step_limit": [0.3, 0.9]},
     ),
     "bamba": ("BambaForCausalLM", BAMBA),
     "bamba-groups": (
@@ -497,6 +498,7 @@ ENCODER_DECODERS = {
         | {"encoder_layers": 3, "decoder_layers": 1, "d_model": 32},
     ),
     "mbart": ("MBartForConditionalGeneration", BART | {"scale_embedding": True}),
+    "mbart-tables": ("MBartForConditionalGeneration", BART | {"tie_word_embeddings": False}),
     "mt5-tied": ("MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-silu"}),
 }
 # There of the longest text in a batch.
@@ -530,6 +532,11 @@ def build(class_name, values):
     if class_name.startswith(("Bert", "Deberta")) and not model.config.tie_word_embeddings:
         # Of the two biases of an untied output layer transformers uses one.
         model.cls.predictions.bias = torch.nn.Parameter(model.cls.predictions.decoder.bias.clone())
+    if "Bart" in class_name and not model.config.tie_word_embeddings:
+        # Of three tables of tokens transformers uses two.
+        model.model.shared.weight = torch.nn.Parameter(
+            model.model.decoder.embed_tokens.weight.clone()
+        )
     if untied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.2)
         model.all_tied_weights_keys.pop("lm_head.weight", None)
