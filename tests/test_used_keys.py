@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,16 @@ def reads(monkeypatch):
 def _readers():
     frame, readers = sys._getframe(2), []
     while frame := frame.f_back:
-        file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(LIBRARY):
-            readers.append(f"{file.relative_to(LIBRARY)}:{frame.f_code.co_name}")
-    return readers
+        if reader := _reader(frame.f_code):
+            readers.append(reader)
+    return tuple(readers)
+
+
+@cache
+def _reader(code):
+    file = Path(code.co_filename)
+    inside = file.is_relative_to(LIBRARY)
+    return f"{file.relative_to(LIBRARY)}:{code.co_name}" if inside else ""
 
 
 # Keys of objectives, sources and caches that these runs do not have, of checks against the mesh,

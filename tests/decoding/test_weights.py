@@ -26,11 +26,11 @@ SMALL = {
 }  # fmt: skip
 PROMPTS = ([5, 1, 7, 2], [3], [9, 9, 4, 11, 0, 6, 8])
 FAMILIES = {
-    "gpt2": {"scan_unroll": 0, "remat": "full"},
+    "gpt2": {"n_layers": 2, "scan_unroll": 0, "remat": "full"},
     "gemma": {
-        "positions": "rotary", "norm": "rmsnorm", "norm_placement": "both", "activation": "geglu",
-        "bias": False, "window": 3, "global_every": 2, "rope_theta_local": 20.0,
-        "attention_softcap": 2.0,
+        "n_layers": 2, "positions": "rotary", "norm": "rmsnorm", "norm_placement": "both",
+        "activation": "geglu", "bias": False, "window": 3, "global_every": 2,
+        "rope_theta_local": 20.0, "attention_softcap": 2.0,
     },
     "experts": {"n_experts": 4, "experts_every": 2, "dense_layers": 1, "norm": "rmsnorm"},
 }  # fmt: skip
@@ -48,7 +48,8 @@ def test_an_unrolled_model_writes_what_the_stacked_one_computes(family):
     unrolled, parts = unroll(model, params)
     assert unrolled.config.unrolled
     assert unrolled.config.remat == "none"
-    assert "stack/layers/3/attention/query/kernel" in flat(parts)
+    last = model.config.n_layers - 1
+    assert f"stack/layers/{last}/attention/query/kernel" in flat(parts)
     assert unroll(unrolled, parts)[1] is parts
     written = tokens_of(unrolled, parts)
     apply = jax.jit(model.apply)
