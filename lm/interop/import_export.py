@@ -27,7 +27,12 @@ from lm.errors import UserError, missing_package
 from lm.experiment import record_columns, resolve
 from lm.interop.generation_settings import banned_tokens, forced_tokens
 from lm.interop.huggingface import class_labels, save
-from lm.interop.model_folder import ModelFolder, open_model_folder, some_tensors
+from lm.interop.model_folder import (
+    ModelFolder,
+    is_without_output,
+    open_model_folder,
+    some_tensors,
+)
 from lm.interop.mup import without_mup
 from lm.interop.tokenizer_files import (
     model_settings,
@@ -317,6 +322,8 @@ def _describe(
     rows = found.config.vocab_size
     if found.unused:
         lines.append(f"left out: {some_tensors(found.unused)}, which its class does not use")
+    if is_without_output(found.family, found.about):
+        lines.append("its class has no output layer: logits are products with the token embeddings")
     if found.config.n_mels and tokenizer:
         names = "".join(listed(config.data.target_prefix))
         lines.append(

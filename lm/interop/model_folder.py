@@ -251,6 +251,8 @@ def open_model_folder(path: Path) -> ModelFolder:
     if any(family.heads[name].replaces_output for name in heads):
         # There is no output projection to tie to.
         config = replace(config, tie_embeddings=not config.separate_tokens)
+    if family.output not in stored and is_without_output(family, about):
+        config = replace(config, tie_embeddings=True)
     tied = config.tie_embeddings and _repeats(stored, family.output, family.table)
     if config.tie_embeddings and not tied and family.model == "encoder_decoder":
         _check_unscaled(path, config)
@@ -263,6 +265,14 @@ def open_model_folder(path: Path) -> ModelFolder:
         found = replace(found, stored=parts)
     found.check(path)
     return found
+
+
+def is_without_output(family: Family, about: Values) -> bool:
+    """Return whether config.json names a decoder's class without an output, such as LlamaModel."""
+    stated = about.get("architectures")
+    names = [str(name) for name in stated] if isinstance(stated, list) else []
+    is_bare = any(name.endswith("Model") for name in names)
+    return is_bare and family.model == "decoder" and not {*names} & {*family.classes.values()}
 
 
 def _wrong_key(family: Family, about: Values) -> str:

@@ -187,6 +187,16 @@ def test_heads_left_from_pretraining_are_left_out(name, values, left, objective,
     jax.tree.map(np.testing.assert_array_equal, found.params(), plain.params())
 
 
+@pytest.mark.parametrize("name", ["LlamaModel", "Gemma3TextModel"])
+def test_a_decoder_without_an_output_layer_is_read_without_one(name, tmp_path):
+    theirs = build(name, GEMMA3 if "Gemma" in name else LLAMA)
+    theirs.save_pretrained(tmp_path)
+    ours, params = huggingface.load(tmp_path)
+    assert "head" not in params
+    found = jax.jit(lambda params: ours.apply({"params": params}, IDS, method="hidden"))(params)
+    np.testing.assert_allclose(found, their_outputs(theirs), atol=1e-4)
+
+
 def test_of_two_output_biases_the_one_that_is_added_is_read(tmp_path):
     theirs = build("BertForMaskedLM", BERT | {"tie_word_embeddings": False})
     with torch.no_grad():

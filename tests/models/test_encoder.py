@@ -125,7 +125,7 @@ def test_a_single_type_is_that_of_every_token():
 
 
 def test_a_token_sees_all_of_its_document_and_nothing_else():
-    model, params = make(**BERT, tie_embeddings=False)
+    model, params = make(**BERT, tie_embeddings=False, first_conv=3)
     table = jnp.asarray(params["tokens"]["embedding"])
     tokens = np.arange(L)[None]  # distinct: the gradient of a token's row is that of its vector
 
