@@ -140,7 +140,7 @@ def params(model):
 
 
 def test_cached_decoding_gives_the_full_forward_pass(model, params):
-    """Of rows padded on the left, in chunks, with rows exchanged half-way as in a beam search."""
+    """Of rows padded on both sides, in chunks, with rows exchanged half-way as in a beam search."""
     full = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))
     step = jax.jit(functools.partial(model.apply, {"params": params}, method="decode"))
     pads = 6 - LENGTHS
@@ -149,14 +149,17 @@ def test_cached_decoding_gives_the_full_forward_pass(model, params):
     segments = (positions >= 0).astype(int)
     positions = np.clip(positions, 0, TOKENS.shape[1] - 1)
     tokens = np.take_along_axis(TOKENS, positions, axis=1)
-    cache, order, logits = model.empty_cache(3, width), np.arange(3), []
-    for chunk in (slice(0, 6), *(slice(i, i + 1) for i in range(6, width - 2)), slice(-2, None)):
-        if chunk.start == 8:
+    tokens, positions, segments = (
+        np.insert(x, [6, 6], 0, axis=1) for x in (tokens, positions, segments)
+    )
+    cache, order, logits = model.empty_cache(3, width + 2), np.arange(3), []
+    for chunk in (slice(0, 8), *(slice(i, i + 1) for i in range(8, width)), slice(-2, None)):
+        if chunk.start == 10:
             order = np.array([2, 2, 0])
             cache, logits = cache.take(order), [x[order] for x in logits]
         out, cache = step(*(x[order][:, chunk] for x in (tokens, positions, segments)), cache)
         logits.append(np.asarray(out))
-    cached = np.concatenate(logits, axis=1)
+    cached = np.delete(np.concatenate(logits, axis=1), [6, 7], axis=1)
     for row, source in enumerate(order):
         of_tokens = cached[row, pads[source] : pads[source] + TOKENS.shape[1]]
         np.testing.assert_allclose(of_tokens, full[source], rtol=1e-3, atol=1e-4)
