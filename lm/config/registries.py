@@ -171,8 +171,8 @@ class MambaOptions:
         "State spaces: activation of the convolution's outputs.",
         choices=("silu", "relu", "gelu_tanh", "gelu_erf"),
     )
-    ssm_step_low: float = option(0.0, "Mamba-2: smallest step size.", low=0.0)
-    ssm_step_high: float = option(0.0, "Mamba-2: largest step size; 0: any.", low=0.0)
+    ssm_step_low: float = option(0.0, "State spaces: smallest step size.", low=0.0)
+    ssm_step_high: float = option(0.0, "State spaces: largest step size; 0: any.", low=0.0)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def even_rotation(hf: Values, found: Values) -> Values:
     width = int(head * found["rope_fraction"])
     if width % 2 == 0 or found["rope_scaling"] in ("yarn", "dynamic"):
         return {}
-    theta = found["rope_theta"] ** ((width + 1) / width)
+    # Two dimensions have one frequency, 1, whatever theta is.
+    theta = found["rope_theta"] ** ((width + 1) / width if width > 1 else 1)
     return {"rope_fraction": (width + 1) / head, "rope_theta": theta}
 
 
