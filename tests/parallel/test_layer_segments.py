@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_meshes import batches, experiment_on, losses
+from test_meshes import batches, experiment_on, first_state, losses
 
 STACKS = {
     "concat": {"model__residual": "concat", "model__concat_width": 8},
@@ -21,29 +21,27 @@ STACKS = {
         "model__qk_norm_over": "each_head",
     },
 }
-MESHES = {
-    "fsdp=2,tensor=2": {"fsdp": 2, "tensor": 2},
-    "data=2,context=2": {"data": 2, "context": 2},
-}
+MESH = {"fsdp": 2, "tensor": 2, "context": 2}
 
 
 @pytest.fixture(scope="module", params=STACKS)
 def stack(request):
     overrides = STACKS[request.param]
-    return overrides, losses(experiment_on({}, **overrides), 5)
+    experiment = experiment_on({}, **overrides)
+    start = first_state(experiment)
+    return overrides, start, losses(experiment, 5, start)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_losses_equal_those_of_one_device(stack, mesh):
-    overrides, expected = stack
-    found = losses(experiment_on(MESHES[mesh], **overrides), 5)
+def test_losses_equal_those_of_one_device(stack):
+    overrides, start, expected = stack
+    found = losses(experiment_on(MESH, **overrides), 5, start)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_streams_pass_through_a_pipeline(stack):
-    overrides, expected = stack
+    overrides, start, expected = stack
     if "model__hyper_streams" in overrides:
-        found = losses(experiment_on({"stage": 2, "data": 2}, **overrides), 5)
+        found = losses(experiment_on({"stage": 2, "data": 2}, **overrides), 5, start)
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_meshes import batches, experiment_on, losses
+from test_meshes import batches, experiment_on, first_state, losses
 
 from lm.errors import UserError
 
@@ -34,8 +34,12 @@ MESHES = {
 @pytest.mark.parametrize("mesh", MESHES)
 def test_losses_equal_those_of_one_device(mesh):
     sizes, values = MESHES[mesh]
-    expected = losses(experiment_on({}, **values), 5)
-    np.testing.assert_allclose(losses(experiment_on(sizes, **values), 5), expected, rtol=1e-5)
+    single = experiment_on({}, **values)
+    start = first_state(single)
+    expected = losses(single, 5, start)
+    np.testing.assert_allclose(
+        losses(experiment_on(sizes, **values), 5, start), expected, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("values", [MAMBA, HYBRID, DELTA])

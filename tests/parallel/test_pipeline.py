@@ -146,15 +146,16 @@ def batch(experiment, step):
     return to_device(experiment.train_batches(dataset), [step], experiment.batch_sharding)
 
 
-def two_steps(experiment):
+def two_steps(experiment, start):
     """The losses of two steps, and the gradient of the first."""
-    state, first = experiment.train_steps(experiment.init_state(), batch(experiment, 0))
+    start = jax.device_put(start, experiment.state_sharding)
+    state, first = experiment.train_steps(start, batch(experiment, 0))
     gradient = jax.device_get(state.opt_state)
     _, second = experiment.train_steps(state, batch(experiment, 1))
     return [float(metrics["loss"][0]) for metrics in (first, second)], gradient
 
 
-ON_ONE_DEVICE: dict[str, Any] = {}  # of each kind and its changes
+ON_ONE_DEVICE: dict[str, Any] = {}  # of each kind and its changes: first state, and `two_steps`
 
 
 @pytest.mark.parametrize(("kind", "mesh", "changes"), TRIED)
@@ -163,9 +164,11 @@ def test_losses_and_gradients_with_dropout_equal_those_of_one_device(
 ):
     key = f"{kind} {changes}"
     if key not in ON_ONE_DEVICE:
-        ON_ONE_DEVICE[key] = two_steps(experiment_on(kind, {}, {}, **changes))
-    expected_losses, expected = ON_ONE_DEVICE[key]
-    losses, gradient = two_steps(experiment_on(kind, *MESHES[mesh], **changes))
+        single = experiment_on(kind, {}, {}, **changes)
+        start = jax.device_get(single.init_state())
+        ON_ONE_DEVICE[key] = start, two_steps(single, start)
+    start, (expected_losses, expected) = ON_ONE_DEVICE[key]
+    losses, gradient = two_steps(experiment_on(kind, *MESHES[mesh], **changes), start)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for found, wanted in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * float(abs(wanted).max()) + 1e-8)

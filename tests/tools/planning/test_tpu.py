@@ -136,6 +136,7 @@ def config_of(case: str) -> Any:
     return config
 
 
+@cache
 def experiment_of(case: str) -> Any:
     return build(config_of(case), topology(CASES[case][1]).devices)
 
