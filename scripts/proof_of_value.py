@@ -92,6 +92,7 @@ VARIANTS = {
     "model.tie_embeddings=false",
     "causal decoder, dropless experts": MIXTRAL,
     "causal decoder, experts with capacity": SWITCH,
+    "causal decoder, clipped": "model.mixer=clipped model.qkv_clip=0.1",
     "causal decoder, muP": "model.mup_base_width=8 model.mup_base_head_dim=2",
     "causal decoder, LoRA": f"{LLAMA} lora.rank=2 lora.train=norm",
     "causal decoder, frozen": "optimizer.freeze=embed,layers/0/ optimizer.layer_decay=0.8",

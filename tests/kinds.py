@@ -29,7 +29,7 @@ KINDS: dict[str, dict[str, object]] = {
         "lora.base": "int8",
         "lora.targets": "kernel",
     },
-    "prefix decoder": {"model.positions": "alibi"},
+    "prefix decoder": {"model.positions": "alibi", "model.mixer": "clipped", "model.qkv_clip": 0.1},
     "masked encoder": {
         "objective.next_sentence": True,
         "model.token_types": 2,

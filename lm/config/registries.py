@@ -140,6 +140,13 @@ class LatentAttentionOptions:
 
 
 @dataclass(frozen=True)
+class ClippedOptions:
+    """Options of attention with clipped inputs."""
+
+    qkv_clip: float = option(8.0, "Clipped: bound of queries, keys and values.", low=1e-6)
+
+
+@dataclass(frozen=True)
 class MambaOptions:
     """Options of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) and Gated DeltaNet (2412.06464)."""
 
@@ -201,6 +208,7 @@ MIXERS = Registry(
     "model",
     {
         "attention": Entry("lm.models.attention:Attention"),
+        "clipped": Entry("lm.models.clipped_attention:ClippedAttention", ClippedOptions),
         "disentangled": Entry(
             "lm.models.disentangled_attention:DisentangledAttention", DisentangledOptions
         ),

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lm.interop.family import UnsupportedConfig, Values, require_equal
+from lm.config.registries import ClippedOptions
+from lm.interop.family import UnsupportedConfig, Values, positive_number
 from lm.interop.llama import (
     config_layer_types,
     decoder,
@@ -56,15 +57,20 @@ def _write_olmo3(config: TransformerConfig) -> Values:
 
 
 def _read_olmoe(hf: Values) -> Values:
-    require_equal(hf, clip_qkv=None)
     hf = {"num_experts": hf.get("num_local_experts", 64), "num_experts_per_tok": 8} | hf
-    return _read(hf) | read_experts({"router_aux_loss_coef": 0.01} | hf)
+    found = _read(hf) | read_experts({"router_aux_loss_coef": 0.01} | hf)
+    if (bound := hf.get("clip_qkv")) is None:
+        return found
+    options = ClippedOptions(positive_number("clip_qkv", bound))
+    return found | {"mixer": "clipped", "mixer_options": options}
 
 
 def _write_olmoe(config: TransformerConfig) -> Values:
     if config.d_model != config.n_heads * config.head_dim:
         raise UnsupportedConfig(f"model.head_dim={config.head_dim}")
-    return _write(config) | write_experts(config) | {"intermediate_size": expert_width(config)}
+    bound = config.mixer_options.qkv_clip if config.mixer == "clipped" else None
+    values = {"intermediate_size": expert_width(config), "clip_qkv": bound}
+    return _write(config) | write_experts(config) | values
 
 
 OLMO2 = decoder("olmo2", "Olmo2", _read, _write, norms=_NORMS, norm_placement="output", **_ALWAYS)

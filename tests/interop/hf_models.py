@@ -235,7 +235,8 @@ DECODERS = {
     "olmo3": ("Olmo3ForCausalLM", OLMO3),
     "olmoe": (
         "OlmoeForCausalLM",
-        LLAMA | {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 3},
+        LLAMA
+        | {"num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     ),
     "qwen2-moe": ("Qwen2MoeForCausalLM", QWEN2_MOE),
     "qwen2-moe-plain-layers": (

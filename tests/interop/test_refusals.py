@@ -123,7 +123,7 @@ SPOILT = {
         lambda f: set_config(f, model_type="mixtral", num_experts_per_tok=0),
         "experts_per_token is less than 1",
     ),
-    "clipped": (lambda f: set_config(f, model_type="olmoe", clip_qkv=8.0), "clip_qkv=8.0 is not"),
+    "clipped": (lambda f: set_config(f, model_type="olmoe", clip_qkv="8"), "clip_qkv='8' is not"),
     "both ways": (
         lambda f: (
             set_config(f, model_type="gemma", use_bidirectional_attention=True)
