@@ -127,7 +127,7 @@ def _read(hf: Values) -> Values:
     return (
         read_stacks(hf)
         | read_start(hf, 2)
-        | {"scale_embeddings": hf.get("scale_embedding", False), "tie_embeddings": not apart}
+        | {"scale_embeddings": bool(hf.get("scale_embedding")), "tie_embeddings": not apart}
         | {"separate_tokens": apart}
     )
 

@@ -307,6 +307,7 @@ _FLAGS = frozenset(
         *("classifier_bias", "decoder_bias", "norm_bias", "use_bias", "mamba_proj_bias"),
         *("use_conv_bias", "mamba_conv_bias", "use_parallel_residual", "qk_layernorm"),
         *("relative_attention", "share_att_key", "position_biased_input", "legacy"),
+        "scale_embedding",
     }
 )
 

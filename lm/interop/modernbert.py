@@ -81,10 +81,11 @@ def _read(hf: Values) -> Values:
     key = "global_attn_every_n_layers"
     every = int(positive_number(key, hf.get(key, 3)))
     types = hf.get("layer_types") or layer_types(n_layers, every, 0)
+    local = read_size(hf, "local_attention")
     old = {
         "rope_theta": hf.get("global_rope_theta"),
         "rope_local_base_freq": hf.get("local_rope_theta"),
-        "sliding_window": hf["local_attention"],
+        "sliding_window": local - local % 2 or local,  # as many on either side
     }
     return (
         read_windows(hf | old, types)
@@ -112,7 +113,7 @@ def _write(config: TransformerConfig) -> Values:
         raise UnsupportedConfig(
             f"model.head_dim={config.head_dim}, model.n_kv_heads={config.n_kv_heads}"
         )
-    if config.window % 2:
+    if config.window % 2 and config.window > 1:
         raise UnsupportedConfig(f"model.window={config.window}")
     rope = write_layer_rope(config)
     return {

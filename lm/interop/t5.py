@@ -14,7 +14,15 @@ from typing import Any
 
 from lm.interop.activation_words import T5_ACTIVATIONS
 from lm.interop.bart import HEADS, read_start, write_start
-from lm.interop.family import Family, Head, Values, hf_word, lm_word, read_size
+from lm.interop.family import (
+    Family,
+    Head,
+    Values,
+    hf_word,
+    lm_word,
+    read_size,
+    require_equal,
+)
 from lm.interop.tensor_mapping import (
     TensorMapping,
     linear_mappings,
@@ -181,6 +189,7 @@ def _encoder(family: Family, name: str) -> Family:
     """Return the family of the classes that have the encoder alone."""
 
     def read(hf: Values) -> Values:
+        require_equal(hf, is_decoder=False)
         both = ("n_decoder_layers", "start_id")
         return {field: value for field, value in family.read(hf).items() if field not in both}
 

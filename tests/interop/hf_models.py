@@ -406,7 +406,7 @@ ENCODERS = {
         "ModernBertForMaskedLM",
         MODERNBERT
         | {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "classifier_bias": True}
-        | {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 2}
+        | {"num_hidden_layers": 3, "global_attn_every_n_layers": 2, "local_attention": 3}
         | {"tie_word_embeddings": False, "num_attention_heads": 2}
         | {"hidden_activation": "silu", "classifier_activation": "relu"},
     ),

@@ -268,7 +268,7 @@ def test_a_bart_of_another_kind_is_refused(make_theirs, tmp_path, values, bias, 
         ),
         ({"classifier_bias": True}, "lacks the tensor head.dense.bias of a modernbert model"),
         ({"num_hidden_layers": 4, "layer_types": None}, r"layers.4.\S+ and 5 more, which a modern"),
-        ({"local_attention": "8"}, "sliding_window is not a number from 0"),
+        ({"local_attention": "8"}, "local_attention is not a number from 0"),
         ({"rope_parameters": {"full_attention": 7}}, "config.json: rope_parameters=.*: TypeError"),
         (
             {"global_attn_every_n_layers": 0, "layer_types": None},
