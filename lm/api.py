@@ -255,7 +255,7 @@ def _generated(
     best_of: int = 1,
     reward_model: str | Path = "",
 ) -> list[str]:
-    """Generate texts for inputs, which are conversations if a template is given."""
+    """Generate texts for inputs, which are conversations if a chat template is given."""
     require_text_output(run.experiment)
     experiment, params = run.decoding
     if max_new_tokens:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-_DISTRIBUTION = "lm-jax"  # the name `lm` on PyPI is another project's
+_DISTRIBUTION = "lm-jax"  # "lm" on PyPI is a different project
 
 
 class UserError(Exception):

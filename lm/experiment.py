@@ -54,14 +54,15 @@ def check(config: ConfigDict, platform: str, n_devices: int) -> None:
         n_devices: number of devices of the mesh.
 
     Raises:
-        UserError: the first problem of keys, rules, data, mesh, attention or objective.
+        UserError: a key, rule, data source, mesh, attention kernel or objective is invalid; the
+            message reports the first problem.
     """
     config = _with_defaults(config, platform)
     for problem in data_problems(config):
         raise UserError(problem)
     sizes = axis_sizes(config.parallel.preset, config.parallel.mesh, n_devices)
     resolve_parallelism(config, platform, sizes)
-    # Raises if its sequences are too short.
+    # Raises UserError if the sequence length is too short for the objective.
     OBJECTIVES[config.objective.name].from_config(config, None).shapes  # noqa: B018
 
 
@@ -93,7 +94,7 @@ def _objective(
     if not config.model.vocab_size and tokenizer is None:
         tokenizer = open_tokenizer(config.data, record_columns(config))
     objective: Objective = OBJECTIVES[config.objective.name].from_config(config, tokenizer)
-    # Added tokens get rows even if the model was imported without them.
+    # Added tokens need embedding rows even if the imported model has none for them.
     if tokenizer is not None and (tokenizer.kind == "run" or not config.model.vocab_size):
         n_ids = tokenizer.vocab_size + objective.n_extra_ids
         config.model.vocab_size = max(config.model.vocab_size, n_ids)
@@ -178,7 +179,7 @@ class Experiment:
         shape_of = dict(jax.tree.leaves_with_path(shapes.params))
         sharding_of = dict(jax.tree.leaves_with_path(placed.params))
 
-        def of_statistic(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        def optimizer_sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             for end in (path[start:] for start in range(len(path))):
                 if end in shape_of:
                     shape = shape_of[end].shape
@@ -187,7 +188,7 @@ class Experiment:
 
         rest: Any = {
             "step": self.replicated,
-            "opt_state": jax.tree_util.tree_map_with_path(of_statistic, shapes.opt_state),
+            "opt_state": jax.tree_util.tree_map_with_path(optimizer_sharding, shapes.opt_state),
             "carry": self.carry_sharding,
         }
         return replace(placed, **rest)
@@ -297,7 +298,7 @@ class Experiment:
         """Function from an example to its features.
 
         Raises:
-            UserError: features may contain ids beyond the token table.
+            UserError: features may contain ids outside the embedding table.
         """
         if self.tokenizer is None:
             raise ValueError("batches need a tokenizer: build(config, devices, tokenizer)")

@@ -4,7 +4,7 @@ All figures are per JAX device; a TPU7x chip is two devices. Bandwidths are one-
 Google's page for each TPU and, for v4's links, Jouppi et al. 2023, table 4; NVIDIA's data sheets;
 memory sizes and targets of GPUs from XLA's own descriptions of the SXM models
 (`xla/backends/gpu/target_config/specs`). XLA's flags: the JAX documentation's GPU performance tips
-and MaxText's library. Imports no JAX: the flags must be set before it is imported.
+and MaxText's library. This module does not import JAX: the flags must be set before it is imported.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Chip:
 
     Attributes:
         memory: High-bandwidth memory, bytes.
-        device_kinds: Beginnings of `jax.Device.device_kind`.
+        device_kinds: Prefixes of `jax.Device.device_kind`.
         peak_flops: Dense bfloat16 FLOP/s.
         memory_bandwidth: Bytes/s of the memory.
-        link: Bytes/s to one neighbor in the torus; of GPUs, to the other GPUs of the host.
+        link: Bytes/s to one neighbor in the torus; for GPUs, to the other GPUs of the host.
         scale_out: Bytes/s to other slices or hosts.
         dimensions: Dimensions of the torus; 0 for GPUs.
         ring: A dimension of the torus is a ring if its length is divisible by this.
         longest_side: Longest dimension of a slice, in chips.
-        peak_8bit: Dense FLOP/s of products in 8 bits, by the beginning of the dtype's name in HLO:
+        peak_8bit: Dense FLOP/s of 8-bit products, by prefix of the dtype's name in HLO:
             "s8" for int8, "f8" for float8.
     """
 
@@ -93,7 +93,7 @@ CHIPS: dict[str, Chip] = {
         peak_8bit={"s8": 4500e12, "f8": 4500e12},
     ),
 }
-# By the beginning of `device_kind`. The MFU of v3 can be measured, but no slice of it described.
+# By prefix of `device_kind`. v3 has no topology description, so it is only used to report MFU.
 PEAK_FLOPS = {"TPU v3": 61.5e12} | {
     kind: chip.peak_flops for chip in CHIPS.values() for kind in chip.device_kinds
 }
@@ -110,13 +110,13 @@ def chip_name(device_kind: str) -> str | None:
 LIBTPU_NAMES = {"7x": "tpu7x"}
 TPUS = tuple(LIBTPU_NAMES.get(name, name) for name, chip in CHIPS.items() if chip.dimensions)
 GPUS = tuple(name for name, chip in CHIPS.items() if not chip.dimensions)
-TORI = ("v4", "v5p")  # 3D tori on which the flags compiled into every step have been tried
+TORI = ("v4", "v5p")  # 3D-torus chips on which the `compiled_in` flags were tested
 # Options of libtpu's topology descriptions: both cores of a v4 chip are one device.
 TOPOLOGY_OPTIONS: dict[str, dict[str, Any]] = {
     "v4": {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1)}
 }
 
-# Fields of XLA's GpuTargetConfigProto: those that all GPUs share, then a row a GPU.
+# Fields of XLA's GpuTargetConfigProto: first those that all GPUs share, then one row per GPU.
 COMMON_TARGET = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -151,7 +151,7 @@ class GpuTarget:
     memory_bandwidth: int
 
 
-_SMEM = 233472, 232448  # of Hopper and Blackwell, a core and a block
+_SMEM = 233472, 232448  # of Hopper and Blackwell, per core and per block
 _HOPPER = 132, 128, *_SMEM, 52428800, 1.98
 GPU_TARGETS = {
     "a100": GpuTarget(
@@ -172,9 +172,9 @@ class Flag(NamedTuple):
     Attributes:
         name: name without dashes.
         value: value to set.
-        chips: chips that it is for.
+        chips: chips that it applies to.
         reason: effect on a training step.
-        compiled_in: chips for which it is always a compiler option of the step.
+        compiled_in: chips for which training steps always set it as a compiler option.
     """
 
     name: str

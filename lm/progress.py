@@ -32,14 +32,14 @@ def progress_bar(
         bar_format=_LINE_WITHOUT_TOTAL if total is None else _LINE,
         mininterval=_SECONDS_A_LINE,
         delay=_SECONDS_A_LINE,
-        position=0,  # no line moves up
-        miniters=1,  # the number of a minute may change; tqdm's own guess is slow to follow
+        position=0,  # print new lines instead of moving the cursor up
+        miniters=1,  # iterations per minute may change; tqdm's own estimate adapts slowly
         **options,
     )
 
 
 def track(items: Iterable, total: int | None, *, description: str, **options: Any) -> Iterator:
-    """Yield items and show how many there were.
+    """Yield items and show their count as progress.
 
     Args:
         items: items.

@@ -1,9 +1,9 @@
-"""QK-clip: query and key weights of heads whose attention logits are large are scaled down.
+"""QK-clip: scale down the query and key weights of heads with large attention logits.
 
-Of MuonClip (Kimi Team 2025, arXiv 2507.20534, §2.1, Algorithm 1), with any optimizer. A training
-step records the largest logit S of each head in model state. After the update the logits of heads
-with S above the threshold τ are multiplied by γ = τ / S: queries and keys by √γ each, but where
-heads share keys (grouped heads, the rotated key of latent attention) the queries alone by γ.
+Part of MuonClip (Kimi Team 2025, arXiv 2507.20534, §2.1, Algorithm 1); works with any optimizer. A
+training step records the largest logit S of each head in model state. After the update the logits
+of heads with S above the threshold τ are multiplied by γ = τ / S: queries and keys by √γ each, but
+where heads share keys (grouped heads, the rotated key of latent attention) the queries alone by γ.
 
 Shape letters: B batch, L query length, S key length, H heads, G key/value heads, K head dim.
 """
@@ -26,14 +26,14 @@ from lm.objectives.objective import Batch, LossSums
 from lm.train_step import Between, Carry, Metrics, ModelState, Steps, TrainState
 
 LARGEST = "largest_logits"  # variable of an attention module's model state, [H]
-_QUERIES = 512  # whose scores are in memory at once
+_QUERIES = 512  # queries per chunk of scores
 
 
 @dataclass(frozen=True)
 class ClippedSteps(Steps):
     """Steps that clip heads after the update.
 
-    Microbatches and devices share the largest logits; evaluation and decoding compute none.
+    The largest logits are over all microbatches and devices; evaluation and decoding compute none.
 
     Attributes:
         threshold: τ.
@@ -42,7 +42,7 @@ class ClippedSteps(Steps):
     threshold: float
 
     def init(self, batch: Batch) -> tuple[Params, Carry, ModelState]:
-        """Initialize the variables, with a largest logit of each head, 0."""
+        """Initialize the variables, with a largest logit of 0 for each head."""
         with nn.intercept_methods(_record):
             return super().init(batch)
 
@@ -53,7 +53,7 @@ class ClippedSteps(Steps):
             return super()._loss(params, before, batch, rng)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Update once, clip, and forget the logits; reports the largest and the part clipped."""
+        """Update, clip, and reset the largest logits; their maximum is a metric."""
         after, metrics = super().train_step(state, batch)
         logits = {p: x for p, x in flat(after.model_state).items() if is_largest_logits(p)}
         rotated = self.model.config.head_dim  # type: ignore[attr-defined]
@@ -75,12 +75,12 @@ def clipped_steps(steps: Steps, threshold: float) -> ClippedSteps:
 
 
 def is_largest_logits(path: str) -> bool:
-    """Return whether a path is that of largest logits, which are 0 between steps."""
+    """Return whether a path is a largest-logits variable, which is 0 between steps."""
     return path.endswith(f"/{LARGEST}")
 
 
 def _record(method: Callable, args: Any, options: Any, context: Any) -> Any:
-    """Keep the largest logits of attention; an interceptor of module methods."""
+    """Record the largest attention logits; for `nn.intercept_methods`."""
     module = context.module
     attends = isinstance(module, DotProductAttention | LatentAttention)
     if attends and context.method_name == "_attend" and module.is_mutable_collection(MODEL_STATE):
@@ -97,14 +97,14 @@ def _record(method: Callable, args: Any, options: Any, context: Any) -> Any:
 
 
 def largest_logits(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) -> jax.Array:
-    """Return the largest product of a query of each head and a key that it attends to, [H] float32.
+    """Return the largest attention logit of each head over visible keys, [H] float32.
 
-    It has no gradient, and computes the products whatever kernel computes attention.
+    It has no gradient. The products are computed separately from the attention kernel.
 
     Args:
         q_BLHK: queries.
         k_BSGK: keys.
-        mask: visible keys; queries of segment 0, padding, do not count.
+        mask: visible keys; queries of segment 0 (padding) are ignored.
     """
     q_BLHK, k_BSGK = jax.lax.stop_gradient((q_BLHK, k_BSGK))
     (B, L, H, K), (S, G) = q_BLHK.shape, k_BSGK.shape[1:3]
@@ -115,7 +115,7 @@ def largest_logits(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) ->
         visible_BLS &= (mask.segments_BL != 0)[:, :, None]
     size = next(n for n in range(min(L, _QUERIES), 0, -1) if L % n == 0)
 
-    def of_part(first: jax.Array | int) -> jax.Array:
+    def chunk_maximum(first: jax.Array | int) -> jax.Array:
         q_BPHK, visible_BPS = (
             jax.lax.dynamic_slice_in_dim(x, first, size, 1) for x in (q_BLHK, visible_BLS)
         )
@@ -126,7 +126,7 @@ def largest_logits(q_BLHK: jax.Array, k_BSGK: jax.Array, mask: AttentionMask) ->
         scores_BGRPS = jnp.where(visible_BPS[:, None, None], scores_BGRPS, NEG_INF)
         return scores_BGRPS.max((0, 3, 4)).reshape(H)
 
-    return jax.lax.map(of_part, jnp.arange(0, L, size)).max(0)
+    return jax.lax.map(chunk_maximum, jnp.arange(0, L, size)).max(0)
 
 
 # --- weights
@@ -138,13 +138,13 @@ def clip(
     threshold: float,
     rotated: int,
 ) -> dict[str, jax.Array]:
-    """Return parameters whose heads have no larger logits than a threshold.
+    """Return parameters with heads scaled so that no logit exceeds a threshold.
 
     Args:
         params: parameters by path.
         logits: largest logits [..., H] of attention modules, by the path of the variable.
         threshold: τ.
-        rotated: numbers of a head of latent attention that RoPE rotates, the last ones.
+        rotated: for latent attention, number of dimensions per head that RoPE rotates (the last).
     """
     changed = dict(params)
     for path, logits_H in logits.items():
@@ -165,7 +165,7 @@ def clip(
 def _factors(
     kernels: dict[str, jax.Array], gamma_H1: jax.Array, rotated: int
 ) -> dict[str, jax.Array]:
-    """Return the factors [..., H, K or 1] of the heads of linear maps [..., inputs, H, K], by name.
+    """Return factors [..., H, K or 1] for the heads of kernels [..., inputs, H, K], by name.
 
     Args:
         kernels: linear maps of an attention module, by name.

@@ -1,4 +1,4 @@
-"""Training with fewer bits: in matrix products, or by rounding weights as for decoding.
+"""Low-precision training: 8-bit matrix products, or quantization-aware training.
 
 Quantization-aware training (Jacob et al. 2018, arXiv 1712.05877): the loss uses weights rounded as
 by `decode.weights`, and the unrounded weights get its gradients (straight-through estimator;

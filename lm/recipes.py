@@ -1,4 +1,4 @@
-"""Settings shared by the experiments of Llama, of T5 and of their successors."""
+"""Settings shared by experiments: Llama and T5 blocks and training, and a short trial run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def llama_training(config: ConfigDict, tokens: float, batch_tokens: int = 2**22)
     data.validation_fraction = 0.0005
     data.batch_size = batch_tokens // data.sequence_length
     config.train.steps, config.train.remat = round(tokens / batch_tokens), "full"
-    config.train.loss_chunk = 512  # whole, the logits would be the largest arrays of the step
+    config.train.loss_chunk = 512  # unchunked logits would be the largest arrays of the step
     config.eval.every_steps, config.eval.max_batches = 1000, 10
 
 
@@ -70,7 +70,7 @@ def t5_training(config: ConfigDict) -> None:
 
 
 def trial(config: ConfigDict) -> None:
-    """Set a training of a few minutes on the standard library's source code."""
+    """Set a training run of a few minutes on the source code of Python's standard library."""
     config.optimizer.adamw.b2 = 0.95
     config.data.sequence_length, config.data.batch_size = 256, 16
     config.schedule.warmup_steps = 50

@@ -46,7 +46,7 @@ class TrainState:
     Attributes:
         step: number of updates so far.
         params: parameters, with low-rank factors under "lora" and frozen models under "frozen";
-            averages if `lm.optim.averaging` is used.
+            moving averages if `lm.optim.averaging` is used.
         opt_state: optimizer state.
         carry: arrays [B, …] passed from one batch to the next, such as the state of a recurrent
             model; {} for most models.
@@ -84,10 +84,10 @@ class Steps:
     Attributes:
         model: model in training mode without dropout.
         objective: objective.
-        make_optimizer: builds the optimizer from role and axes of every parameter, by path.
+        make_optimizer: builds the optimizer from the role and axes of each parameter, by path.
         trainable: mask of trainable parameters; None for all.
         lora: section "lora" of the configuration.
-        schedule: learning rate by step.
+        schedule: learning rate as a function of the step.
         seed: seed of initialization and dropout.
         batch_size: rows of a training batch.
         microbatches: microbatches per batch, for gradient accumulation.
@@ -212,7 +212,7 @@ class Steps:
     def _loss(
         self, params: Params, before: Between, batch: Batch, rng: jax.Array | None
     ) -> tuple[LossSums, Between]:
-        """Return the loss sums of a batch and the state passed to the next one.
+        """Return a batch's loss sums and the state for the next batch.
 
         With `rng`, this is a training step: dropout is on and model state is updated.
         """
@@ -244,7 +244,7 @@ class Steps:
     ) -> tuple[Params, LossSums, Between]:
         """Return the gradient of the summed loss, and loss sums, over all microbatches."""
 
-        def of_part(
+        def microbatch_gradients(
             before: Between, part: Batch, rng: jax.Array
         ) -> tuple[tuple[Params, LossSums], Between]:
             def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Between]]:
@@ -256,9 +256,11 @@ class Steps:
             return (grads, sums), after
 
         if self.microbatches == 1:
-            (grads, sums), after = of_part(before, batch, rng)
+            (grads, sums), after = microbatch_gradients(before, batch, rng)
         else:
             from lm.parallel.gradient_accumulation import accumulate
 
-            (grads, sums), after = accumulate(of_part, self.microbatches, before, batch, rng)
+            (grads, sums), after = accumulate(
+                microbatch_gradients, self.microbatches, before, batch, rng
+            )
         return grads, sums, after

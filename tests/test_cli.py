@@ -99,7 +99,7 @@ WRONG_CONFIGS = {
     "family": (["--config.model.family=lstm", "--config.objective.name=prefix"], "needs --config"),
     "no documents": (["--config.data.source=tsv:x.tsv"], "tsv:x.tsv"),
     "weights": (["--config.data.weights=1,2"], "2 numbers for 1"),
-    "coordinator alone": (["--coordinator", "localhost:1"], "go together"),
+    "coordinator alone": (["--coordinator", "localhost:1"], "must be given together"),
     "unknown option": (["--workdri", "x"], "unrecognized arguments"),
     "key as an option": (["--model.d_model=8"], "is --config.model.d_model=VALUE"),
     "key as a word": (["model.d_model=8"], "is --config.model.d_model=VALUE"),
@@ -139,7 +139,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(capsys, experiment, tmp_path, word
 
 
 BAD_TEXTS = {
-    "empty": ("text", b"", "holds no text"),
+    "empty": ("text", b"", "contains no text"),
     "undecodable": ("text", b"fine until \xff here", "11"),
     "not json": ("jsonl", b'{"text": "a"}\n{"text": \n', ":2"),
     "no field": ("jsonl", b'{"text": "a"}\n{"body": "b"}\n', ":2"),

@@ -36,7 +36,7 @@ WRONG = {
     "range of a key": ({"model.dropout": 1.5}, 1, "--config.model.dropout=1.5 is above 0.99"),
     "choice of a key": ({"model.norm": "rms"}, 1, "--config.model.norm=rms: expected one of"),
     "keys of the model": ({"model.d_model": 33}, 1, "--config.model.d_model=33 is not divisible"),
-    "window": ({**SEQ2SEQ, "model.window": 4}, 1, "--config.model.window=4 is not for"),
+    "window": ({**SEQ2SEQ, "model.window": 4}, 1, "--config.model.window=4 is not supported with"),
     "window of an encoder": (
         {**MASKED, "model.window": 4, "model.attention": "blockwise"},
         1,
@@ -63,7 +63,7 @@ WRONG = {
     "generator": (
         MASKED | {"objective.name": "replaced_tokens", "model.generator_width": 12},
         1,
-        "--config.model.generator_width=12: it has no whole part of --config.model.n_heads=4",
+        "--config.model.generator_width=12: relative to --config.model.d_model=",
     ),
     "width of embeddings": (
         FSDP4 | {"model.embedding_size": 6, "data.batch_size": 4},
@@ -73,7 +73,7 @@ WRONG = {
     "first norm": (
         {"model.first_norm": False, "model.norm_placement": "post"},
         1,
-        "--config.model.first_norm=false leaves out a norm of --config.model.norm_placement pre",
+        "--config.model.first_norm=false needs --config.model.norm_placement=pre or both",
     ),
     "experts": ({"model.n_experts": 1}, 1, "--config.model.experts_per_token=2 is above"),
     "muP": ({"model.mup_base_head_dim": 8}, 1, "needs --config.model.mup_base_width"),
@@ -109,7 +109,7 @@ WRONG = {
         1,
         "--config.optimizer.name=schedule_free averages already",
     ),
-    "start": ({"init.from": "run", "init.vectors": "glove"}, 1, "exclude each other"),
+    "start": ({"init.from": "run", "init.vectors": "glove"}, 1, "are mutually exclusive"),
     "pattern of freezing": (
         {"optimizer.freeze": "head,(tokens"},
         1,
@@ -146,12 +146,12 @@ WRONG = {
     "documents from records": (
         {"data.source": "tsv:x.tsv"},
         1,
-        "tsv:x.tsv holds no documents (known: stdlib, text:PATH, jsonl:PATH, tfds:NAME, ",
+        "tsv:x.tsv has no documents (known: stdlib, text:PATH, jsonl:PATH, tfds:NAME, ",
     ),
     "records from documents": (
         SEQ2SEQ | {"data.source": "stdlib"},
         1,
-        "stdlib holds no records (known: jsonl:PATH, tsv:PATH",
+        "stdlib has no records (known: jsonl:PATH, tsv:PATH",
     ),
     "tokenizer": ({"data.tokenizer": "morse"}, 1, "unknown tokenizer 'morse' (known: byte, char"),
     "tokenizer without its file": ({"data.tokenizer": "gpt2"}, 1, "unknown tokenizer 'gpt2'"),

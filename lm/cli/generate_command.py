@@ -166,14 +166,16 @@ def _piped_text() -> str:
 
 def _check_generate(args: argparse.Namespace) -> None:
     if bool(args.input) != bool(args.output):
-        raise UserError("--input and --output go together")
+        raise UserError("--input and --output must be given together")
     if args.input and (args.prompt or args.json):
-        raise UserError("--input does not go with --prompt or --json; name --output FILE.jsonl")
+        raise UserError(
+            "--input cannot be combined with --prompt or --json; name --output FILE.jsonl"
+        )
     if args.system is not None and not args.chat:
         raise UserError("--system needs --chat")
     check_texts([*(args.prompt or ()), *args.stop, args.system or ""])
     if bool(args.best_of) != bool(args.reward_model):
-        raise UserError("--best_of and --reward_model go together")
+        raise UserError("--best_of and --reward_model must be given together")
     if args.best_of and args.greedy:
         raise UserError("--best_of selects among samples: omit --greedy")
     if "" in args.stop:

@@ -55,19 +55,19 @@ def further_problems(config: ConfigDict) -> Iterator[str]:
 def _qk_clip_problems(config: ConfigDict) -> Iterator[str]:
     model, named = config.model, f"--config.optimizer.qk_clip={config.optimizer.qk_clip:g}"
     if model.family not in TRANSFORMERS:
-        yield f"{named} is not for --config.model.family={model.family}"
+        yield f"{named} is not supported with --config.model.family={model.family}"
     if model.mixer not in ("attention", "mla") and not model.attention_layers:
-        yield f"{named} is not for --config.model.mixer={model.mixer}"
+        yield f"{named} is not supported with --config.model.mixer={model.mixer}"
     excluded = (
-        *("model.qk_norm", "model.rope_norm"),  # undo any scaling of the weights
-        *("lora.rank", "optimizer.ema"),  # the weights behind the logits are not the parameters
+        *("model.qk_norm", "model.rope_norm"),  # norms undo any scaling of the weights
+        *("lora.rank", "optimizer.ema"),  # logits do not use the trained parameters themselves
     )
     for path in excluded:
         if value := config_value(config, path):
-            yield f"{named} does not go with --config.{path}={value}"
+            yield f"{named} cannot be combined with --config.{path}={value}"
     for path, value in (("optimizer.name", "schedule_free"), ("train.precision", "qat")):
         if config_value(config, path) == value:
-            yield f"{named} does not go with --config.{path}={value}"
+            yield f"{named} cannot be combined with --config.{path}={value}"
 
 
 def _schedule_free_problems(config: ConfigDict) -> Iterator[str]:
@@ -80,7 +80,7 @@ def _schedule_free_problems(config: ConfigDict) -> Iterator[str]:
     if optimizer.ema:
         yield (
             f"--config.optimizer.ema={optimizer.ema}: --config.optimizer.name=schedule_free "
-            "averages already"
+            "already averages"
         )
 
 
@@ -88,12 +88,15 @@ def _canary_problems(data: ConfigDict) -> Iterator[str]:
     form, digits = data.canary_format, data.canary_format.count("#")
     where = f"--config.data.canary_format={form!a}"
     if not form.isprintable() or form != form.strip():
-        yield f"{where}: one line, without spaces around it"
+        yield f"{where} must be one line, without surrounding spaces"
     if not 1 <= digits <= 15 or 10**digits < 2 * data.canaries:
         yield (
-            f"{where} has {digits} digits (#): between 1 and 15, and enough for twice "
+            f"{where} has {digits} digits (#): use 1 to 15, enough for twice "
             f"--config.data.canaries={data.canaries}"
         )
     repeats = list(data.canary_repeats)
     if not repeats or not all(n == int(n) and 1 <= n <= 1e6 for n in repeats):
-        yield f"--config.data.canary_repeats={','.join(map(str, repeats))}: numbers from 1"
+        yield (
+            f"--config.data.canary_repeats={','.join(map(str, repeats))}: expected numbers of "
+            "1 or more"
+        )

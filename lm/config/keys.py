@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from lm.config.registry import Key
 
-KEPT = ("auto", "float32", "bfloat16", "int8")  # dtypes of what decoding reads; weights: int4 too
-LIBRARY_OPTIMIZERS = (  # not those of plug-ins
+KEPT = (
+    "auto",
+    "float32",
+    "bfloat16",
+    "int8",
+)  # dtypes of the KV cache and of weights in decoding; weights also allow int4
+LIBRARY_OPTIMIZERS = (  # without plug-ins
     *("adamw", "adafactor", "sgd", "lion", "muon", "ademamix", "schedule_free", "soap"),
 )
 COMMON_KEYS: dict[str, Key] = {

@@ -52,7 +52,7 @@ def read_mixture(config: ConfigDict, file: str | Path) -> None:
     try:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"mixture {file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"cannot read mixture {file} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8
         raise UserError(f"mixture {file}: {error}") from error
     try:
@@ -65,7 +65,7 @@ def _fill(data: ConfigDict, content: Mapping[str, Any]) -> None:
     _require_known(content, ("parts", "schedule"), "key")
     parts, schedule = content.get("parts", {}), content.get("schedule", [])
     if not isinstance(parts, dict) or not parts:
-        raise UserError("no parts: [parts.NAME] with a source")
+        raise UserError("it has no parts: add [parts.NAME] with a source")
     if "step" in parts:
         raise UserError("a part cannot be named step: the schedule has a key of that name")
     for name, part in parts.items():
@@ -74,7 +74,7 @@ def _fill(data: ConfigDict, content: Mapping[str, Any]) -> None:
         _require_known(part, _PART_KEYS, f"key of part {name}:")
         for key, value in part.items():
             if not isinstance(value, _PART_KEYS[key]) or isinstance(value, bool) or value == "":
-                raise UserError(f"part {name}: {key} = {value!r}")
+                raise UserError(f"part {name}: {key} = {value!r} is invalid")
     data.source = listing(part["source"] for part in parts.values())
     validation = [part["validation"] for part in parts.values() if "validation" in part]
     if validation:
@@ -89,14 +89,14 @@ def _fill(data: ConfigDict, content: Mapping[str, Any]) -> None:
 def _values_of(parts: Mapping[str, Mapping[str, Any]], key: str) -> Iterable[float]:
     for name, part in parts.items():
         if key not in part:
-            raise UserError(f"part {name} has no {key}, and others have")
+            raise UserError(f"part {name} has no {key}, but other parts do")
         yield float(part[key])
 
 
 def _knot_texts(parts: Mapping[str, Any], schedule: Any) -> Iterable[str]:
     """Yield the schedule's knots in the text form of `data.schedule`."""
     if not isinstance(schedule, list) or not all(isinstance(knot, dict) for knot in schedule):
-        raise UserError("the schedule is a list: [[schedule]] with a step and weights")
+        raise UserError("the schedule must be a list: [[schedule]] with a step and weights")
     for knot in schedule:
         _require_known(knot, ("step", *parts), "part of the schedule:")
         if "step" not in knot:

@@ -49,7 +49,7 @@ def parse_schedule(text: str, n_parts: int) -> tuple[Knot, ...]:
             raise UserError(f"{where}: {len(knot.weights)} weights for {n_parts} sources")
         if not all(0 <= weight <= _LARGEST for weight in knot.weights) or not any(knot.weights):
             raise UserError(
-                f"{where}: weights are 0 to {_LARGEST:g}, and not all 0: {part.strip()!r}"
+                f"{where}: weights must be 0 to {_LARGEST:g}, and not all 0: {part.strip()!r}"
             )
         if not (knots[-1].at if knots else 0) <= knot.at <= _LARGEST:
             raise UserError(
@@ -71,7 +71,7 @@ def mixture_problems(data: ConfigDict) -> Iterator[str]:
         parse_schedule(data.schedule, len(listed(data.source)))
     given = [name for name in ("weights", "schedule", "epochs") if data[name]]
     if len(given) > 1:
-        yield f"--config.data.{given[0]} and --config.data.{given[1]}: give one of them"
+        yield f"--config.data.{given[0]} and --config.data.{given[1]}: set only one of them"
     for name in ("weights", "epochs"):
         if data[name] and len(data[name]) != len(listed(data.source)):
             yield (

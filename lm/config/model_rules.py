@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lm.config.registries import OBJECTIVES, SCHEMA, STATE_SPACES, TRANSFORMERS
 
-_PATTERNS = {  # lists of layers, and the other ways to say the same
+_PATTERNS = {  # layer lists, and the keys that exclude them
     "global_layers": ("global_every", "global_first"),
     "nope_layers": ("nope_every",),
     "expert_layers": ("experts_every", "dense_layers"),
@@ -40,13 +40,22 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
             f"{least} with --config.model.relative_buckets={model.relative_buckets}"
         )
     if transformer and model.init == "uniform":
-        yield f"--config.model.init=uniform is not for --config.model.family={model.family}"
+        yield (
+            "--config.model.init=uniform is not supported with "
+            f"--config.model.family={model.family}"
+        )
     if model.pooling == "mean" and not transformer:
-        yield f"--config.model.pooling=mean is not for --config.model.family={model.family}"
+        yield (
+            "--config.model.pooling=mean is not supported with "
+            f"--config.model.family={model.family}"
+        )
     if model.pooling == "shifted" and model.family != "encoder_decoder":
-        yield f"--config.model.pooling=shifted is not for --config.model.family={model.family}"
+        yield (
+            "--config.model.pooling=shifted is not supported with "
+            f"--config.model.family={model.family}"
+        )
     if model.init == "uniform" and model.init_truncated:
-        yield "--config.model.init=uniform has nothing to cut: --config.model.init_truncated"
+        yield "--config.model.init=uniform cannot be truncated: unset --config.model.init_truncated"
     objective = OBJECTIVES.entries[config.objective.name]
     if model.bidirectional and model.family == "lstm" and objective.predicts_every_token:
         yield "--config.model.bidirectional would let a causal model see its targets"
@@ -60,20 +69,22 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
     for name, plain in (("residual", "sum"), ("value_residual", "none")):
         named = f"--config.model.{name}={model[name]}"
         if model[name] != plain and not transformer:
-            yield f"{named} is not for --config.model.family={model.family}"
+            yield f"{named} is not supported with --config.model.family={model.family}"
         if model[name] != plain and model.norm_placement == "post":
-            yield f"{named} is not for --config.model.norm_placement=post"
+            yield f"{named} is not supported with --config.model.norm_placement=post"
     if model.value_residual != "none" and model.mixer != "attention":
         yield (
-            f"--config.model.value_residual={model.value_residual} is not for "
+            f"--config.model.value_residual={model.value_residual} is not supported with "
             f"--config.model.mixer={model.mixer}"
         )
     for name in ("attention_sinks", "attention_gate", *MULTIPLIERS):
         if model[name] != SCHEMA[f"model.{name}"].default and not transformer:
-            yield f"--config.model.{name} is not for --config.model.family={model.family}"
+            yield (
+                f"--config.model.{name} is not supported with --config.model.family={model.family}"
+            )
     if model.embedding_size and (model.mup_base_width or not transformer):
         yield (
-            f"--config.model.embedding_size={model.embedding_size} is not for "
+            f"--config.model.embedding_size={model.embedding_size} is not supported with "
             + (
                 "--config.model.mup_base_width"
                 if transformer
@@ -99,13 +110,13 @@ def _encoder_rules(model: ConfigDict) -> Iterator[str]:
     named = f"--config.model.n_encoder_heads={model.n_encoder_heads}"
     width = model.n_heads * (model.head_dim or model.d_model // model.n_heads)
     if width % model.n_encoder_heads:
-        yield f"{named} does not divide the {width} numbers of all heads"
+        yield f"{named} does not divide the total head width {width}"
     elif model.positions == "rotary" and width // model.n_encoder_heads % 2:
-        yield f"{named} makes heads of an odd width, which --config.model.positions=rotary lacks"
+        yield f"{named} gives heads of odd width: --config.model.positions=rotary needs an even one"
     if model.n_kv_heads not in (0, model.n_heads):
-        yield f"{named} is not for --config.model.n_kv_heads={model.n_kv_heads}"
+        yield f"{named} is not supported with --config.model.n_kv_heads={model.n_kv_heads}"
     if model.mixer != "attention":
-        yield f"{named} is not for --config.model.mixer={model.mixer}"
+        yield f"{named} is not supported with --config.model.mixer={model.mixer}"
 
 
 def _audio_rules(config: ConfigDict) -> Iterator[str]:
@@ -114,7 +125,10 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
         return
     objective = OBJECTIVES.entries[config.objective.name]
     if "audio" not in objective.columns and not objective.plugin:
-        yield f"--config.model.n_mels is not for --config.objective.name={config.objective.name}"
+        yield (
+            "--config.model.n_mels is not supported with "
+            f"--config.objective.name={config.objective.name}"
+        )
     if model.positions in ("learned", "sinusoidal") and (model.d_model % 2 or model.d_model < 4):
         yield (
             f"--config.model.d_model={model.d_model} must be even and above 2 for the sinusoidal "
@@ -122,21 +136,27 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
         )
     for name in ("separate_embeddings", "separate_tokens", "mup_base_width", "copy"):
         if model[name]:
-            yield f"--config.model.{name} is not for --config.model.n_mels"
+            yield f"--config.model.{name} is not supported with --config.model.n_mels"
 
 
 def _generator_rules(config: ConfigDict) -> Iterator[str]:
     model, width = config.model, config.model.generator_width
     if config.objective.next_sentence:
-        yield "--config.objective.next_sentence is not for --config.objective.name=replaced_tokens"
+        yield (
+            "--config.objective.next_sentence is not supported with "
+            "--config.objective.name=replaced_tokens"
+        )
     for name in ("n_heads", "n_kv_heads", "d_ff", "n_experts"):
         size = model[name] or (4 * model.d_model if name == "d_ff" else 0)
         if name == "n_experts" and size:
-            yield "--config.objective.name=replaced_tokens has no --config.model.n_experts"
+            yield (
+                "--config.objective.name=replaced_tokens does not support --config.model.n_experts"
+            )
         elif size * width % model.d_model:
             yield (
-                f"--config.model.generator_width={width}: it has no whole part of "
-                f"--config.model.{name}={size} at --config.model.d_model={model.d_model}"
+                f"--config.model.generator_width={width}: relative to "
+                f"--config.model.d_model={model.d_model}, it does not scale "
+                f"--config.model.{name}={size} to an integer"
             )
 
 
@@ -179,7 +199,9 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
             "attention_gate",
         ):
             if model[name]:
-                yield f"--config.model.{name} is not for --config.model.mixer=disentangled"
+                yield (
+                    f"--config.model.{name} is not supported with --config.model.mixer=disentangled"
+                )
     if model.mixer not in ("mla", "disentangled"):
         return
     if model.n_kv_heads not in (0, model.n_heads):
@@ -190,12 +212,15 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     if model.mixer != "mla":
         return
     if model.family not in TRANSFORMERS:
-        yield f"--config.model.mixer=mla is not for --config.model.family={model.family}"
+        yield f"--config.model.mixer=mla is not supported with --config.model.family={model.family}"
     if model.qk_norm:
         yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalizes latents"
     for name in ("attention_sinks", "attention_gate", "rope_norm", "nope_temperature"):
         if model[name]:
-            yield f"--config.model.{name}={model[name]} is not for --config.model.mixer=mla"
+            yield (
+                f"--config.model.{name}={model[name]} is not supported with "
+                "--config.model.mixer=mla"
+            )
 
 
 def _state_space_rules(config: ConfigDict) -> Iterator[str]:
@@ -213,7 +238,7 @@ def _state_space_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def least_distance(model: Any) -> int:
-    """Return the largest distance that has a bucket of its own; argument as for `rotary_width`."""
+    """Return the largest distance with a separate bucket; for `model` see `rotary_width`."""
     n = model.relative_buckets
     return n // 4 + 1 if model.positions == "disentangled" else n // 2
 
@@ -237,8 +262,8 @@ def rotary_problems(model: Any) -> Iterator[str]:
     width = rotary_width(model)
     if model.rope_fraction != 1 and (width < 2 or width % 2 or model.rope_fraction > 1):
         yield (
-            f"--config.model.rope_fraction={model.rope_fraction} rotates {width} of the numbers of "
-            "a head, which must be even and above 0"
+            f"--config.model.rope_fraction={model.rope_fraction} rotates {width} dimensions per "
+            "head, which must be even, above 0 and within the head"
         )
     low, high = model.rope_low_frequency, model.rope_high_frequency
     if high < low if scaling == "llama3" else scaling == "yarn" and high <= low:
@@ -268,7 +293,7 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
     if not model.n_experts:
         return
     if model.family not in TRANSFORMERS:
-        yield f"--config.model.n_experts is not for --config.model.family={model.family}"
+        yield f"--config.model.n_experts is not supported with --config.model.family={model.family}"
     if model.experts_per_token > model.n_experts:
         yield (
             f"--config.model.experts_per_token={model.experts_per_token} is above "
@@ -280,7 +305,7 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
             continue
         if model.dense_layers >= model[name]:
             yield (
-                f"--config.model.dense_layers={model.dense_layers} leaves no layer with experts: "
+                f"--config.model.dense_layers={model.dense_layers} leaves no MoE layer: "
                 f"--config.model.{name}={model[name]}"
             )
         elif (model[name] - model.dense_layers) % model.experts_every:
@@ -290,7 +315,7 @@ def _expert_rules(config: ConfigDict) -> Iterator[str]:
                 f"--config.model.experts_every={model.experts_every}"
             )
     if model.activation_dropout:
-        yield "--config.model.activation_dropout is not for --config.model.n_experts"
+        yield "--config.model.activation_dropout is not supported with --config.model.n_experts"
 
 
 def _group_problems(model: ConfigDict) -> Iterator[str]:
@@ -321,16 +346,18 @@ def _window_rules(config: ConfigDict) -> Iterator[str]:
     model = config.model
     if model.window and model.family not in ("decoder", "encoder"):
         yield (
-            f"--config.model.window={model.window} is not for --config.model.family={model.family}"
+            f"--config.model.window={model.window} is not supported with "
+            f"--config.model.family={model.family}"
         )
     if model.window_chunks and model.family == "encoder":
-        yield "--config.model.window_chunks is not for --config.model.family=encoder"
+        yield "--config.model.window_chunks is not supported with --config.model.family=encoder"
     if not model.first_norm and (
         model.norm_placement not in ("pre", "both") or model.family not in TRANSFORMERS
     ):
         yield (
-            "--config.model.first_norm=false leaves out a norm of --config.model.norm_placement "
-            f"pre or both, not {model.norm_placement} of --config.model.family={model.family}"
+            "--config.model.first_norm=false needs --config.model.norm_placement=pre or both and "
+            f"--config.model.family={' or '.join(TRANSFORMERS)}, not {model.norm_placement} and "
+            f"{model.family}"
         )
     if model.residual == "parallel" and not (model.first_norm and model.norm_placement != "output"):
         yield (
@@ -353,7 +380,10 @@ def _mup_rules(config: ConfigDict) -> Iterator[str]:
     if not model.mup_base_width:
         return
     if model.family not in TRANSFORMERS:
-        yield f"--config.model.mup_base_width is not for --config.model.family={model.family}"
+        yield (
+            "--config.model.mup_base_width is not supported with "
+            f"--config.model.family={model.family}"
+        )
     known = ("adamw", "muon", "ademamix", "schedule_free")
     if config.optimizer.name not in known:
         yield (

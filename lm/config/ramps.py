@@ -80,7 +80,9 @@ def _parse(data: ConfigDict, name: str) -> list[tuple[int, int]]:
         except ValueError:
             raise UserError(f"{where}: expected STEP: SIZE, not {part.strip()!r}") from None
         if not 1 <= n <= largest:
-            raise UserError(f"{where}: {n} is not 1 to --config.data.{KEYS[name]}={largest}")
+            raise UserError(
+                f"{where}: {n} is not between 1 and --config.data.{KEYS[name]}={largest}"
+            )
         if at <= found[-1][0] if found else at:
             raise UserError(f"{where}: steps must ascend from 0, but {at} does not")
         found.append((at, n))
@@ -112,7 +114,10 @@ def ramp_problems(config: ConfigDict) -> Iterator[str]:
                 f"--config.train.microbatches={train.microbatches}"
             )
     if data.order == "contiguous":
-        yield f"{named} is not for --config.data.order=contiguous: rows go on in the next batch"
+        yield (
+            f"{named} is not supported with --config.data.order=contiguous: rows continue in the "
+            "next batch"
+        )
     objective = config.objective.name
     if data.length_ramp and not OBJECTIVES.entries[objective].predicts_every_token:
-        yield f"--config.data.length_ramp is not for --config.objective.name={objective}"
+        yield f"--config.data.length_ramp is not supported with --config.objective.name={objective}"

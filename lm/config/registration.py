@@ -47,7 +47,7 @@ def registering(
 def check_name(registry: Registry, name: str) -> None:
     """Raise UserError if a name is malformed."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"{registry.kind} {name!r}: a name is made of a-z, 0-9 and _")
+        raise UserError(f"{registry.kind} {name!r}: names consist of a-z, 0-9 and _")
 
 
 def check_entry(registry: Registry, name: str, entry: Entry) -> None:
@@ -55,7 +55,7 @@ def check_entry(registry: Registry, name: str, entry: Entry) -> None:
     old = registry.entries.get(name)
     if old is not None and old.plugin != entry.plugin:
         owner = f"registered by {old.plugin}" if old.plugin else "part of the library"
-        raise UserError(f"{registry.kind} {name!r} exists already, {owner}; choose another name")
+        raise UserError(f"{registry.kind} {name!r} already exists ({owner}); choose another name")
     if entry.options is None:
         return
     shown = f"options of the {registry.kind} {name!r}"
@@ -64,14 +64,16 @@ def check_entry(registry: Registry, name: str, entry: Entry) -> None:
     for field in dataclasses.fields(entry.options):
         key = field.metadata.get("key")
         if key is None:
-            raise UserError(f"{shown}: declare {field.name} by option(DEFAULT, HELP)")
+            raise UserError(f"{shown}: declare {field.name} with option(DEFAULT, HELP)")
         if key.type not in (int, float, bool, str, tuple):
-            raise UserError(f"{shown}: {field.name}={key.default!r} is of a type no key can have")
+            raise UserError(
+                f"{shown}: {field.name}={key.default!r} has a type that keys do not support"
+            )
     own = old.keys_added() if old else {}
     for path in entry.keys_added():
         taken = "" if path in own or not registry.schema else _taken(registry.schema, path)
         if taken:
-            raise UserError(f"{shown}: --config.{taken} exists already; choose another name")
+            raise UserError(f"{shown}: --config.{taken} already exists; choose another name")
 
 
 def _taken(schema: Schema, path: str) -> str:

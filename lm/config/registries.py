@@ -1,6 +1,6 @@
-"""Registries of everything that a configuration chooses by name, and the schema of all keys.
+"""Registries of all components that a configuration selects by name, and the schema of all keys.
 
-Each class is declared once, here, by its place in the code; nothing is imported before it is used.
+Each class is declared once, here, as "module:attribute"; modules are imported on first use.
 Keys that several entries share are in `keys.py`.
 """
 
@@ -23,7 +23,7 @@ class AudioOptions:
 
     n_mels: int = option(
         80,
-        "Audio: mel bins of the log-mel features; same as model.n_mels.",
+        "Audio: mel bins of the log-mel features; must equal model.n_mels.",
         low=1,
         high=512,
         needs=("objective.name", "transcription"),
@@ -132,8 +132,8 @@ class LatentAttentionOptions:
     )
     mscale_all_dim: float = option(
         0.0,
-        "MLA: under model.rope_scaling scores grow by (0.1 x ln(model.rope_factor) + 1)², x being "
-        "this (DeepSeek-V2 0.707, V3 1).",
+        "MLA: with model.rope_scaling, multiply scores by (0.1 x ln(model.rope_factor) + 1)², "
+        "where x is this value (DeepSeek-V2: 0.707, V3: 1).",
         low=0.0,
         high=100.0,
     )
@@ -260,7 +260,7 @@ class SpanCorruptionOptions:
     mean_span: float = option(3.0, "Span corruption: mean span length.", low=1.0)
     denoisers: str = option(
         "",
-        "Span corruption: list of PREFIX:DENSITY:SPAN, one of which is drawn for each text, as in "
+        "Span corruption: list of PREFIX:DENSITY:SPAN, one drawn per text, as in "
         "[NLU]:0.15:3,[S2S]:0.25:end; end: the last tokens are removed; ul2: UL2's seven; empty: "
         "noise_density and mean_span.",
     )
@@ -271,10 +271,10 @@ class DenoisingOptions:
     """Options of denoising (Lewis et al. 2020)."""
 
     infill_rate: float = option(
-        0.3, "Denoising: part of the tokens that masks replace.", low=0.001, high=0.9
+        0.3, "Denoising: fraction of tokens that are masked.", low=0.001, high=0.9
     )
     infill_span: float = option(
-        3.0, "Denoising: mean tokens that a mask replaces (Poisson).", low=0.1, high=1e3
+        3.0, "Denoising: mean tokens per mask (Poisson).", low=0.1, high=1e3
     )
     permute_sentences: bool = option(True, "Denoising: shuffle the sentences of the source.")
 
@@ -720,7 +720,7 @@ class CrowsPairsOptions:
     """Options of CrowS-Pairs (Nangia et al. 2020)."""
 
     crows_pairs: str = option(
-        "safety/crows_pairs_anonymized.csv", "CrowS-Pairs: its file.", free=True
+        "safety/crows_pairs_anonymized.csv", "CrowS-Pairs: path of its CSV file.", free=True
     )
 
 
@@ -728,7 +728,7 @@ class CrowsPairsOptions:
 class WinoBiasOptions:
     """Options of WinoBias (Zhao et al. 2018)."""
 
-    winobias: str = option("safety/winobias", "WinoBias: folder of its files.", free=True)
+    winobias: str = option("safety/winobias", "WinoBias: folder with its text files.", free=True)
 
 
 @dataclass(frozen=True)
@@ -764,7 +764,7 @@ class SampleOptions:
     unsafe_words: str = option("", "Samples: file of words or phrases, one per line.", free=True)
     classifier: str = option("", "Samples: workdir of a run with classes.", free=True)
     unsafe_labels: str = option(
-        "", "Samples: classes of it that are unsafe, comma-separated.", free=True
+        "", "Samples: unsafe classes of that run, comma-separated.", free=True
     )
 
 
@@ -790,7 +790,7 @@ class RobustnessOptions:
         "", "Robustness: file of prompts, one per line, with fields as {question}.", free=True
     )
     typos: float = option(
-        0.3, "Robustness: part of the words with a typo.", low=0.0, high=1.0, free=True
+        0.3, "Robustness: fraction of words with a typo.", low=0.0, high=1.0, free=True
     )
 
 
@@ -825,7 +825,7 @@ TRACKERS = Registry(
     },
     is_choice=False,
 )
-LISTS = (METRICS, SAFETY_SETS, TRACKERS)  # of whose names a key has several
+LISTS = (METRICS, SAFETY_SETS, TRACKERS)  # a key may list several of these names
 REGISTRIES = (
     SOURCES,
     TOKENIZERS,

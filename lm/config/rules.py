@@ -61,7 +61,7 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
 
         yield from further_problems(config)
     if config.init.vectors and config.init["from"]:
-        yield "--config.init.from and --config.init.vectors exclude each other"
+        yield "--config.init.from and --config.init.vectors are mutually exclusive"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:
         yield (
             "--config.schedule.name=inverse never reaches 0: "
@@ -69,7 +69,7 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
         )
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
-        yield "--config.parallel.mesh: sizes are 1 or more, and at most one of them is -1"
+        yield "--config.parallel.mesh: sizes must be 1 or more, and at most one may be -1"
 
 
 def _decoding_rules(config: ConfigDict) -> Iterator[str]:
@@ -190,7 +190,7 @@ def spec_problem(registry: Registry, spec: str, needed: str = "") -> str:
     entry = registry.entries.get(name)
     if not entry or (entry.forms and all(bool(argument) != (":" in f) for f in entry.forms)):
         return f"unknown {registry.kind} {spec!r} (known: {known})"
-    return "" if name in fitting else f"{spec} holds no {needed} (known: {known})"
+    return "" if name in fitting else f"{spec} has no {needed} (known: {known})"
 
 
 def tiled_attention_problem(config: ConfigDict) -> str:

@@ -27,12 +27,14 @@ def read_run_json(file: AnyPath) -> dict[str, Any]:
         raise UserError(f"no file {file}") from None
     values = run.get("config")
     if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it holds no configuration")
+        raise UserError(f"{file} is damaged: it contains no configuration")
     if plugins := run.get("plugins"):
         try:
             import_plugins(plugins, values)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged: its plug-ins ({type(error).__name__})") from None
+            raise UserError(
+                f"{file} is damaged: invalid plug-in list ({type(error).__name__})"
+            ) from None
     return run
 
 

@@ -127,8 +127,8 @@ _OURS = {name: path for path, names in NAMES.items() for name in names.split()}
 def suggested_keys(path: str, known: Collection[str]) -> list[str]:
     """Return suggestions for an unknown key, most likely first; may be empty.
 
-    Keys with the same last part come first, then keys that other codebases call so, then the most
-    similar name.
+    Keys with the same last part come first, then keys that have this name in other codebases, then
+    the most similar name.
     """
     plain = [part.lower().replace("-", "_") for part in path.split(".")]
     last = plain[-1]

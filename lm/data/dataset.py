@@ -140,7 +140,7 @@ def open_corpus(spec: str, data: Any, split: str) -> Corpus:
     own_split = "train" if hold_out or split == "train" else "validation"
     corpus: Corpus = cls(argument, data, own_split)
     if next(corpus.chunks(), None) is None:
-        raise UserError(f"{spec} holds no text")
+        raise UserError(f"{spec} contains no text")
     if not hold_out:
         return corpus
     from lm.data.held_out import HeldOut

@@ -161,7 +161,7 @@ def make_manifest(
 ) -> Manifest:
     """Return the manifest of a store with these total sizes (see `TokenBlock.sizes`)."""
     if not sizes[0]:
-        raise UserError(f"{corpus.name} holds no tokens")
+        raise UserError(f"{corpus.name} contains no tokens")
     n, n_documents, n_bytes, n_characters, n_words = sizes.tolist()
     origin = corpus.name, corpus.digest, tokenizer.digest, token_dtype(tokenizer).name
     totals = n + (delimiter(tokenizer) is not None), n_documents, n_bytes, n_characters, n_words

@@ -1,6 +1,6 @@
 """Modules that predict tokens beyond the next one (DeepSeek-AI 2024b, arXiv 2412.19437, §2.2).
 
-Module k reads the hidden state at which module k - 1 predicted token i + k, and that token;
+Module k reads the hidden state from which module k - 1 predicted token i + k, and that token;
 it shares embeddings and output layer with the model. Only training uses these modules: the loss
 that needs them creates them, and decoding leaves them out.
 

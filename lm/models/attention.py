@@ -64,7 +64,7 @@ class MixerInputs:
         rotation: RoPE of the layer, or None.
         bias_HLS: position bias of the scores; for the kernel "flash" by distance (`position_bias`).
         sinks_H: logits of the attention sinks of each head.
-        values_BSGK: values of attention that are not those of the tokens alone.
+        values_BSGK: attention values to use instead of the projected tokens, or None.
     """
 
     mask: AttentionMask
@@ -105,7 +105,7 @@ class TokenMixer(nn.Module):
     def init_cache(cls, config: TransformerConfig, n_layers: int, batch: int, length: int) -> Any:
         """Return an empty cache: any pytree of arrays [n_layers, batch, …].
 
-        A cache for more tokens holds the same values as a shorter one at the same places.
+        A longer cache has the same layout, so that a shorter one is a prefix of it.
         """
         raise NotImplementedError
 
@@ -148,7 +148,7 @@ class DotProductAttention(nn.Module):
     def setup(self) -> None:
         c = self.config
         source_width = self.source_width or self.width
-        # If scores lack 1/sqrt(K), the fan-in rule puts it into the query's deviation (T5).
+        # If scores are not divided by sqrt(K), fan-in initialization of queries includes it (T5).
         unscaled = c.init == "fan_in" and c.attention_scale == 1
         query_std = c.std(self.width, c.n_heads * c.head_dim) * (
             c.base_head_dim**-0.5 if unscaled else 1.0
@@ -319,7 +319,8 @@ def attend(
 
 # In order of preference.
 FUSED_ON = {"cpu": ("tiled",), "tpu": ("splash", "flash"), "gpu": ("cudnn", "tokamax", "triton")}
-CALLED = {"cuda": "gpu", "rocm": "gpu"}  # names for devices that are described but not present
+# Platform by the name that a device description for ahead-of-time compilation has.
+CALLED = {"cuda": "gpu", "rocm": "gpu"}
 PLATFORM_OF = {"splash": "tpu", "flash": "tpu", "cudnn": "gpu", "tokamax": "gpu", "triton": "gpu"}
 
 
@@ -329,7 +330,7 @@ class AttentionChoice:
 
     Attributes:
         kernel: name of the kernel.
-        across: "ring" or "gather"; "" where sequences are whole.
+        across: "ring" or "gather" under context parallelism, else "".
         why: reason, shown to the user.
     """
 

@@ -17,12 +17,12 @@ from lm.models.layers import Linear
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, Stream
 
-TAPS = 3  # frames that an output of a convolution reads
-STRIDE = 2  # of the second convolution: frames a position of the encoder
+TAPS = 3  # kernel width of the convolutions, in frames
+STRIDE = 2  # of the second convolution: frames per encoder position
 
 
 class AudioFrontEnd(nn.Module):
-    """Convolutions of strides 1 and 2 with GELU, and sinusoidal positions for stacks without any.
+    """Convolutions of strides 1 and 2 with GELU; adds sinusoidal positions if the stack has none.
 
     Each convolution is a linear map of windows of frames, [3, C] to D.
     """

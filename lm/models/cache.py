@@ -1,4 +1,4 @@
-"""Decoding cache of a Transformer, a value that the model takes and returns.
+"""Decoding cache of a Transformer: a pytree that the model takes and returns.
 
 Shape letters: N layers, B batch, S cache length, T source length, G key/value heads, K head dim.
 """

@@ -2,8 +2,8 @@
 
 P(v) = p_gen softmax(logits)_v + (1 - p_gen) Σ_{s: source_s = v} a_s, where a is attention from the
 decoder's last hidden state to the encoder's outputs. It is a separate bilinear attention (Luong
-et al. 2015, "general"): fused kernels return no weights, and a head of the last layer would have to
-serve two purposes.
+et al. 2015, "general"), because fused kernels return no attention weights, and a head of the last
+layer would have to serve two purposes.
 
 Shape letters: B batch, L target length, S source length, D model, V vocabulary.
 """

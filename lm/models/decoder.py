@@ -74,7 +74,7 @@ class Model(TaskHeads):
         types_BL: jax.Array | None = None,
         names: tuple[str, ...] = ("tokens", "positions", "embedding_norm", "embedding_projection"),
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the embedded tokens [B, L, D] and their positions, 0 … L-1 unless given.
+        """Return the embedded tokens [B, L, D] and their positions, by default 0 … L-1.
 
         `names` are those of the token table and, if the model has them, the position table, norm
         and projection.

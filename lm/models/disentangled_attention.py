@@ -58,8 +58,8 @@ class RelativeTable(nn.Module):
 class DisentangledAttention(Attention):
     """Self-attention whose scores are the sum of n = 3 products, divided by sqrt(n K).
 
-    They are query · key, query · position and key · position, where the layer's own queries and
-    keys, unless it has others for that, project the stack's table. Options leave out a product.
+    They are query · key, query · position and key · position. Positions are the stack's table,
+    projected by the layer's query and key kernels or by separate ones. Options omit a product.
     """
 
     def setup(self) -> None:

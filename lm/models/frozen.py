@@ -1,8 +1,8 @@
-"""Frozen models next to the trained one: the reference of preferences, a student's teacher.
+"""Frozen models next to the trained one: the reference of preference losses, and the teacher.
 
 Their parameters are in the model's own tree, under "frozen/NAME": sharded by the same rules
 and saved with them, without gradients or optimizer state. Flax sees them as the
-collection "frozen". Under LoRA the reference is the base itself and takes no memory.
+collection "frozen". Under LoRA the reference is the base model itself and takes no extra memory.
 """
 
 from __future__ import annotations

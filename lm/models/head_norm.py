@@ -22,7 +22,7 @@ class JointNorm(Norm):
         return super().__call__(x_BLHK.reshape(*x_BLHK.shape[:2], -1)).reshape(x_BLHK.shape)
 
 
-# A norm of each head with a scale of its own, [H, K].
+# A norm per head, with separate scales [H, K].
 EachHeadNorm = nn.vmap(
     Norm,
     variable_axes={"params": 0},
@@ -36,7 +36,7 @@ EachHeadNorm = nn.vmap(
 def make_head_norm(config: TransformerConfig) -> Norm:
     """Build the norm of queries or keys: per head (Henry et al. 2020), or over all heads.
 
-    Norms of heads with scales of their own have no biases.
+    Norms with a separate scale per head have no biases.
     """
     if config.qk_norm_over == "head":
         return make_norm(config)

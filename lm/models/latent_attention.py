@@ -5,7 +5,7 @@ part of the key that RoPE rotates. The cache holds only the latent and this part
 
 Shape letters: B batch, L query length, S key length, D model, W width of the input, H heads, R rank
 of the latent, K rotated part of a head (`head_dim`), N its other part, V values of a head, M the
-wider of N + K and V, C = R + K numbers in the cache.
+wider of N + K and V, C = R + K elements per token in the cache.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role
 from lm.parallel.mesh import constrain, count_shards
 
-LATENT_EPS = 1e-6  # of the norms of latents, in all released models and their code
+LATENT_EPS = 1e-6  # epsilon of the latent norms in all released models
 Pair = tuple[jax.Array, jax.Array]
 UNEQUAL = ("xla", "splash")  # kernels whose queries and values may have different widths
 
 
 class LatentAttention(TokenMixer):
-    """Attention of H heads whose keys and values are computed from latents.
+    """Multi-head attention with keys and values computed from latents.
 
     Training expands the latents to keys [N + K] and values [V] of every head. Decoding does not: it
-    multiplies queries by the heads' maps from latents to keys, and sums of latents by those to
-    values (ibid., §2.1.2), so that it is attention of H queries to one head, C wide.
+    absorbs the key up-projection into the queries and applies the value up-projection to the output
+    (ibid., §2.1.2), which makes it attention of H query heads to one key head of width C.
     """
 
     @classmethod
@@ -127,7 +127,7 @@ class LatentAttention(TokenMixer):
 
     @property
     def score_scale(self) -> float:
-        """Factor of the scores."""
+        """Scale of the attention scores."""
         c, o = self.config, self.config.mixer_options
         scale = c.attention_scale or (o.qk_nope_head_dim + c.head_dim) ** -0.5
         return scale * c.query_multiplier * score_factor(c, o.mscale_all_dim)
@@ -198,6 +198,6 @@ class LatentAttention(TokenMixer):
         q_BLHC = jnp.concatenate([q_BLHR, q_BLHK], axis=-1)
         c_BL1C = jnp.concatenate([c_BLR[:, :, None], k_BL1K], axis=-1)
         own = replace(c, attention_scale=self.score_scale)
-        # Values are the keys: cutting the rotated part off them would copy the cache.
+        # Use the keys as values: slicing off the rotated part would copy the cache.
         o_BLHC, cache = attend_and_cache(own, q_BLHC, (c_BL1C,), inputs, cache, layer)
         return product("BLHR,RHV->BLHV", o_BLHC[..., : o.kv_lora_rank], value_RHV), cache

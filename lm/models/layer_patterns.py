@@ -1,4 +1,4 @@
-"""Layers of a stack that ignore the window, have no positions, or have experts."""
+"""Layer patterns: which layers of a stack are global, NoPE or MoE."""
 
 from __future__ import annotations
 

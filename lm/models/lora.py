@@ -5,8 +5,8 @@ instead of each adapted kernel. They are merged before the model is applied, so 
 model.
 
 With `lora.base=int8` frozen layer matrices are int8 values, and "int8_scales"
-holds their scales. Each layer makes its float32 kernels where it reads them, including the
-adaptation (Dettmers et al. 2023 do so with 4 bits).
+holds their scales. Each layer dequantizes its kernels where it reads them and adds the
+adaptation (as in QLoRA, Dettmers et al. 2023, with 4 bits).
 
 Shape letters: N layers and experts, R rank; a kernel is [N, *inputs, *outputs], or without N
 outside a stack.

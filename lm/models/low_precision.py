@@ -1,4 +1,4 @@
-"""Training with the products of weight matrices in 8 bits."""
+"""Training with 8-bit products of weight matrices."""
 
 from __future__ import annotations
 

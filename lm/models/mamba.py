@@ -28,7 +28,7 @@ from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Role, param
 from lm.parallel.mesh import constrain
 
-SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # at initialization, as in the paper's code
+SHORTEST_STEP, LONGEST_STEP = 1e-3, 0.1  # initial values, as in the paper's code
 FASTEST_DECAY = 16.0
 OF_HEADS, OF_GROUPS = ("heads", "head_dim"), ("kv_heads", "head_dim")  # logical axes
 

@@ -131,7 +131,7 @@ class Router(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         c = self.config
         init = c.kernel_init(c.output_std(self.n_outputs, x_BLD.shape[-1]))
-        # Small enough to be kept whole on every device: gathering it would cost more than it saves.
+        # Replicated: it is small, and gathering it would cost more than sharding saves.
         shape, names = (x_BLD.shape[-1], self.n_outputs), ("router_inputs", "router")
         role = Role(Kind.ROUTER, c.stream, inputs=1)
         kernel_DE = param(self, "kernel", init, shape, names, role)
@@ -141,7 +141,7 @@ class Router(nn.Module):
             x_BLD *= jax.random.uniform(
                 self.make_rng("dropout"), x_BLD.shape, minval=low, maxval=high
             )
-        # A TPU's default product of float32 numbers rounds them to bfloat16.
+        # By default, TPUs round float32 operands of a product to bfloat16.
         logits_BLE = jnp.matmul(x_BLD, kernel_DE, precision=jax.lax.Precision.HIGHEST)
         if self.use_bias:
             logits_BLE += param(self, "bias", c.bias_init(), shape[1:], names[1:], role.bias())

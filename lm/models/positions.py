@@ -127,7 +127,7 @@ def position_bias(
         n_queries: number of queries L.
         n_keys: number of keys S.
         offset: index of the first query among the keys, which may differ between rows.
-        whole: the queries are the whole text; nothing is cached.
+        whole: the queries are the whole sequence; there is no cache.
 
     Returns:
         The bias [H, L, S]; by distance, from 1 - L to S - 1, [H, L + S - 1]; if offsets differ

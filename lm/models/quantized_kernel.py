@@ -1,10 +1,10 @@
 """Kernels and tables in 8 or 4 bits, dequantized layer by layer where the model reads them.
 
-In 8 bits each vector that a product sums over has one scale, and in 4 bits each group of about 32
-numbers in it, chosen for the least squared error. Qwix has the same formats, but its
+In 8 bits there is one scale per vector along the contracted axes, in 4 bits one per group of about
+32 elements of it, chosen for the least squared error. Qwix has the same formats, but its
 calibration supports only its own tensors, not our roles, stacked layers and shardings.
 
-Shape letters: G groups of a sum, P bytes of a group, each two numbers of 4 bits.
+Shape letters: G groups along the contracted axes, P bytes of a group, each two 4-bit elements.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from lm.models.variables import Kind, ParamInfo
 QUANTIZED = frozenset({Kind.MATRIX, Kind.HEAD, Kind.EMBEDDING})
 BITS = {"int8": 8, "int4": 4}  # of `--config.decode.weights`
 SMALLEST_GROUP = 32
-# The scale of a group is its number of largest magnitude divided by one of these: -8 and 7 keep
-# that number, larger ones clip it to represent the others better. A negative scale swaps the sides.
+# The scale of a group is its element of largest magnitude divided by one of these: -8 and 7
+# represent that element exactly, others clip it to represent the rest better. A negative scale
+# flips the signs.
 DIVISORS = np.concatenate([-np.arange(8, 12.5, 0.5), np.arange(7, 11.5, 0.5)])
 
 
@@ -36,12 +37,12 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
     """Integer kernel or table with scales, dequantized when it is unboxed.
 
     Attributes:
-        values: int8, of the kernel's shape; or uint8, the axes of a sum replaced by [G, P]. The low
-            four bits of a group are its first half, and the high ones its second, 8 added to each.
-        scale: float32, of the kernel's shape with 1 for every axis of a sum; or bfloat16, with
+        values: int8, of the kernel's shape; or uint8, with [G, P] for the contracted axes. The low
+        four bits hold the first half of a group, the high ones the second, with 8 added to each.
+        scale: float32, of the kernel's shape with 1 for contracted axes; or bfloat16, with
             [G, 1] for them.
         dtype: dtype of the kernel that the model sees.
-        summed: in 4 bits, sizes of the summed axes.
+        summed: in 4 bits, sizes of the contracted axes.
         n_last: number of axes after them.
     """
 
@@ -63,7 +64,7 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
     def quantize(
         cls, kernel: jax.Array, info: ParamInfo, dtype: Any, bits: int = 8
     ) -> QuantizedKernel:
-        """Round a kernel to integers; in 8 bits if an odd sum cannot be packed in 4.
+        """Round a kernel to integers; in 8 bits if an odd number of inputs cannot be packed in 4.
 
         Args:
             kernel: kernel, or embedding table, whose rows an output layer sums over.
@@ -112,7 +113,7 @@ class QuantizedKernel(nn.meta.AxisMetadata[jax.Array]):
 
 
 def summed_axes(ndim: int, info: ParamInfo) -> tuple[int, int]:
-    """Return the first axis that a product with a kernel sums over, and the end of the range.
+    """Return the range of axes that a product with a kernel contracts, as (first, end).
 
     Args:
         ndim: number of axes of the kernel, of one layer or stacked.
@@ -125,7 +126,7 @@ def summed_axes(ndim: int, info: ParamInfo) -> tuple[int, int]:
 
 
 def group_size(n: int) -> int:
-    """Return the group size for a sum of n numbers in 4 bits; 0 if n is odd.
+    """Return the 4-bit group size for n contracted elements; 0 if n is odd.
 
     It is even and divides n: the smallest such number from 32 on, or n.
     """
@@ -157,13 +158,13 @@ def round_params(
 
 
 def round_groups(groups: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Round groups of numbers to -8 … 7 times the scale with the least squared error.
+    """Round groups to -8 … 7 times the scale with the least squared error.
 
     Values that were rounded this way before are unchanged.
 
     Args:
         groups: float32.
-        axis: axis of the numbers of a group.
+        axis: axis of the elements of a group.
 
     Returns:
         The integers, float32, and the scales, bfloat16.

@@ -22,7 +22,7 @@ from lm.models.layers import Embedding, Linear
 from lm.models.quantized_kernel import QuantizedKernel
 from lm.parallel.mesh import current_mesh
 
-TILE = 2**18  # numbers of a kernel converted at a time
+TILE = 2**18  # elements of a kernel converted at a time
 
 
 def with_quantized(method: Callable, args: Any, options: Any, context: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Policies of rematerialization: what a layer keeps for its backward pass, by `train.remat`.
+"""Rematerialization policies: what a layer saves for its backward pass, by `train.remat`.
 
-Attention over a sharded sequence is most of the work of long sequences: its output is kept.
+The output of attention over a sharded sequence is saved: it is most of the work.
 """
 
 from __future__ import annotations

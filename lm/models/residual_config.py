@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SUBLAYERS = ("attention", "cross_attention", "feed_forward")  # of a block, in their order
+SUBLAYERS = ("attention", "cross_attention", "feed_forward")  # sublayers of a block, in order
 
 
 @dataclass(frozen=True, kw_only=True)

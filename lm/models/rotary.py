@@ -56,7 +56,7 @@ class LayerRotation(Rotation):
         local_angles_BLR: angles of local layers, if they differ from global ones.
         temperature: factor of queries in layers without positions; None: 1.
         is_global: true if the layer ignores the window; None: all layers are alike.
-        is_nope: true if the layer has no positions; None: it has positions.
+        is_nope: true if the layer has no positions; None: all layers have them.
     """
 
     config: TransformerConfig = flax.struct.field(pytree_node=False, kw_only=True)
@@ -153,7 +153,7 @@ def attention_factor(config: TransformerConfig) -> float:
 
 
 def score_factor(config: TransformerConfig, mscale_all_dim: float) -> float:
-    """Return the factor of scores in a longer context, whatever part RoPE rotates.
+    """Return the attention-score factor for a longer context (DeepSeek's MLA).
 
     It is (0.1 m ln s + 1)² for the factor s and m = `mscale_all_dim` (DeepSeek-V2's released code).
     """

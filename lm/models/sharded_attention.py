@@ -281,7 +281,7 @@ def _splash(
         raise ValueError('attention kernel "splash" has no prefixes')
     causal, axis, shards = mask.causal, LENGTH_AXIS, count_shards("length")
     zigzag = causal and shards > 1
-    # Where all pairs are visible, every shard of the queries has the same kernel.
+    # Without a causal mask, every query shard runs the same kernel.
     is_sharded = causal or mask.window
     splash = make_splash_kernel(
         q_BLHK.shape[2],
@@ -418,12 +418,15 @@ def _gpu_problems(
             yield f"--config.model.head_dim={head_dim} (up to {WIDEST_HEAD})"
     else:
         yield from gpu_library_problems(kernel, head_dim, capability)
-    # If named, cuDNN gets them as an array over all pairs; in a ring as lengths.
+    # An explicit "cudnn" passes them as a mask array over all pairs; a ring passes lengths.
     if kernel == "cudnn" and model.attention == "auto" and not ring and _has_segments(config):
         yield "several texts or padding in a row"
     for name, length in lengths.items() if kernel == "tokamax" else ():
         if model.attention == "auto" and 0 < 4 * model.window <= length:
-            yield f"--config.model.window={model.window} (backward it does all of {length} tokens)"
+            yield (
+                f"--config.model.window={model.window} (its backward pass computes all {length} "
+                "tokens)"
+            )
         if length % TILE:
             yield f"{name}: {length} tokens, not a multiple of {TILE}"
 

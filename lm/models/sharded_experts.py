@@ -143,21 +143,23 @@ def _shard_map_in_pipeline(
     def by_stage(spec: PartitionSpec) -> PartitionSpec:
         return PartitionSpec("stage", *spec)
 
-    def of_stage(*args: Any) -> jax.Array:
+    def stage_function(*args: Any) -> jax.Array:
         return on_device(*jax.tree.map(lambda x: x[0], args))[None]
 
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     stage_specs = jax.tree.map(by_stage, (in_specs, out_specs), is_leaf=is_spec)
-    of_stages = _shard_map(of_stage, mesh=mesh, in_specs=stage_specs[0], out_specs=stage_specs[1])
+    of_stages = _shard_map(
+        stage_function, mesh=mesh, in_specs=stage_specs[0], out_specs=stage_specs[1]
+    )
     on_devices = _shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     mapped = jax.custom_batching.custom_vmap(on_devices)
 
     @mapped.def_vmap
     def _(n_stages: int, is_mapped: Any, *args: Any) -> tuple[jax.Array, bool]:
-        def of_each(x: jax.Array, has_stages: bool) -> jax.Array:
+        def unmapped(x: jax.Array, has_stages: bool) -> jax.Array:
             return x if has_stages else jnp.broadcast_to(x, (n_stages, *x.shape))
 
-        return of_stages(*jax.tree.map(of_each, args, tuple(is_mapped))), True
+        return of_stages(*jax.tree.map(unmapped, args, tuple(is_mapped))), True
 
     return mapped
 
@@ -181,8 +183,8 @@ def _local_params(
 ) -> LocalParam:
     """Gather the FSDP shards of the local experts.
 
-    Gathered shards may become the second dimension. If gathered into the last one, a whole kernel
-    would have to be copied for a product that is a call, and likewise its gradient.
+    `may_transpose` gathers into the second dimension: gathering into the last one would copy the
+    whole kernel, and its gradient, for a product that is a library call.
     """
     transposed = False
     if axes:
@@ -214,7 +216,7 @@ def _with_capacity(
     choice_S = _inverse(slot_TK, E * B * C)
     x_SD = permute_rows(x_BLD.reshape(B * L, D), choice_S // K, slot_TK)
     x_EBCD = x_SD.reshape(E, B, C, D)
-    if length_parts:  # each device has filled some of a row's slots: it keeps its part of all
+    if length_parts:  # each device has filled some of a row's slots: sum and keep the local shard
         x_EBCD = lax.psum_scatter(x_EBCD, length_parts, scatter_dimension=2, tiled=True)
     if shared:
         x_EBCD = lax.all_to_all(x_EBCD, shared, split_axis=0, concat_axis=1, tiled=True)
@@ -247,7 +249,7 @@ def _dropless(
     choice_S = jnp.where(jnp.arange(S) < sizes_E.sum(), order[:S], T * K)
     slot_TK = jnp.where(expert_TK < E, _inverse(order, T * K).reshape(T, K), S)
     x_SD = permute_rows(x_BLD.reshape(T, D), choice_S // K, slot_TK)
-    n_rows = -(-T * K // _size(shared))  # for an even load
+    n_rows = -(-T * K // _size(shared))  # assumes an even load
     weights_BLK, weights_S1 = routing.weights_BLK, None
     multiply = replace(kernel, n_rows=n_rows)
     if kernel.is_call:

@@ -49,7 +49,7 @@ class Map(NamedTuple):
         scatters: the product is part of it, and is scattered along the length.
         parts: number of parts of the kernel's gradient, each completed before the next and all
             before the gradient of x is used; 0: in any order.
-        cuts_x: the parts divide the columns of x; otherwise those of the output's gradient.
+        cuts_x: split the columns of x; otherwise those of the output's gradient.
     """
 
     dtype: jnp.dtype
@@ -92,7 +92,7 @@ def product_on_mesh(
     sums = (jnp.float32, jnp.float32) if on_cpu else (out_dtype, dtype)
     keeps_length = x.ndim == 3 and count_shards("residual_length") > 1
     is_cut = keeps_length and count_shards("residual_length") > count_shards("length")
-    # Maps from stream to stream have no dimension sharded over the tensor axis.
+    # Kernels from residual stream to residual stream have no dimension on the tensor axis.
     is_cut = is_cut and any("tensor" in PARAMETERS[name] for name in names)
     rows = "rows" if "vocab" in names else "batch"
     gathers, scatters = (is_cut and name == STREAM for name in names)
@@ -115,8 +115,8 @@ def _forward(x: jax.Array, kernel: jax.Array, how: Map) -> tuple[jax.Array, tupl
     part = x.astype(how.dtype)
     whole = _whole(part, how) if how.gathers else part
     y, (_, kernel, _) = matmul_forward(whole, kernel, how.dtype, how.transposed, how.out_dtype)
-    # Unless it is told what to keep, the compiler keeps the gathered array. An empty array carries
-    # the dtype that the gradient of x must have.
+    # Save x itself: by default the compiler would save the gathered array. An empty array carries
+    # the dtype of the gradient of x.
     part = _part(part, how) if how.gathers else part
     residuals = part, kernel, jnp.zeros((0,), x.dtype)
     return (_part(y, how) if how.scatters else y), residuals
@@ -146,7 +146,7 @@ def _n_parts(width: int, n_bytes: int) -> int:
 
 
 def _in_parts(x: jax.Array, g: jax.Array, how: Map) -> jax.Array:
-    """Return the gradient of the kernel, float32, computed from some columns at a time."""
+    """Return the gradient of the kernel, float32, computed for a few columns at a time."""
     x, g = (a if a.ndim == 3 else a[None] for a in (x, g))
     axes, parts = "fd" if how.transposed else "df", []
     width = (x if how.cuts_x else g).shape[-1] // how.parts

@@ -1,4 +1,4 @@
-"""Layers of classifiers and masked models: vectors of whole rows, and biases of tied outputs.
+"""Pooling of classifiers, and the bias of tied output layers.
 
 Shape letters: B batch, L length, D model, V vocabulary.
 """

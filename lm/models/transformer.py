@@ -183,7 +183,7 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, carry: ScanCarry, inputs: StackInputs, layers: LayerInputs) -> BlockOutput:
         sources = []
-        # Without a loop around it XLA would merge the recomputation with the first computation.
+        # Outside of a loop, XLA's CSE would merge the recomputation with the forward pass.
         block = with_remat(Block, self.config.remat, prevent_cse=not self.in_scan)
         for i, (layer_type, name) in enumerate(zip(self.layer_types, self.names, strict=True)):
             run = block(self.config, self.deterministic, layer_type, name=name)
@@ -289,7 +289,7 @@ class Stack(nn.Module):
         """Build the attention mask, RoPE and position bias."""
         c, L = self.config, x_BLD.shape[1]
         n_keys = L if cache is None else cache.segment_ids_BS.shape[1]
-        if cache is None and current_pipeline():  # positions are needed for each row
+        if cache is None and current_pipeline():  # positions of every row are needed
             positions_BL = jnp.broadcast_to(positions_BL, x_BLD.shape[:2])
         if c.window_chunks and n_keys > c.window:
             mask = replace(mask, window_BL=positions_BL % c.window + 1)
@@ -339,7 +339,7 @@ class Stack(nn.Module):
             length=segment.n_repeats,
             unroll=max(1, (c.scan_unroll or segment.n_layers) // n),
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces a layer twice, and would apply the dropout of a second call.
+            # Flax's scan check would trace the layer twice and draw another dropout key.
             check_constancy_invariants=self.is_initializing(),
         )(*fields, name=segment.name)
         carry, source = run(carry, inputs, _by_scan_step(segment, layers))
@@ -348,7 +348,7 @@ class Stack(nn.Module):
         return carry, source
 
     def _scanned(self, segment: Segment) -> tuple[type[nn.Module], tuple[Any, ...]]:
-        """Return the module that a scan repeats, one block or a period of them, and its fields."""
+        """Return the module class that a scan repeats, one block or a period, and its fields."""
         c, n = self.config, len(segment.period)
         if n == 1:
             return with_remat(Block, c.remat), (c, self.deterministic, segment.period[0])

@@ -1,4 +1,4 @@
-"""Model configurations: initialization, fields of a Transformer stack, types of its layers.
+"""Model configurations: initialization, Transformer stack, and layer types.
 
 A Transformer is configured by values, not classes: GPT-2, Llama, BERT and T5 are instances of
 `TransformerConfig`.
@@ -38,7 +38,7 @@ class LayerType:
             receives it as an array.
         scannable: has the same parameter shapes as its neighbors; other layers are unrolled.
         group: layers of different groups never share a scan.
-        raw_input: sublayers that get their input without a norm of their own.
+        raw_input: sublayers without an input norm.
     """
 
     feed_forward: str = "dense"
@@ -229,7 +229,7 @@ class TransformerConfig(
 
     @property
     def query_multiplier(self) -> float:
-        """MuP multiplier of the query scale, so that scores fall as 1/head_dim."""
+        """MuP multiplier of the query scale, so that scores scale as 1/head_dim."""
         ratio = self.base_head_dim / self.head_dim
         return ratio if self.attention_scale else ratio**0.5
 
@@ -251,8 +251,8 @@ class TransformerConfig(
     def residual_std(self, n_in: int, n_out: int) -> float:
         """Return `std`, scaled for kernels that write to a residual stream.
 
-        Down by the layers of a sum (GPT-2 §2.3), up by the streams of hyper-connections (Zhu et al.
-        2024, §4).
+        Divided by sqrt of the residual layers (GPT-2 §2.3), multiplied for the streams of
+        hyper-connections (Zhu et al. 2024, §4).
         """
         is_scaled = self.scale_residual_init and self.residual != "concat"
         shrink = (2 * self.n_layers) ** 0.5 if is_scaled else 1.0
@@ -269,7 +269,7 @@ def make_model(config: ConfigDict, attention: str, context_attention: str) -> nn
     Args:
         config: resolved configuration.
         attention: attention kernel.
-        context_attention: "ring" or "gather" where sequences are in parts, else "".
+        context_attention: "ring" or "gather" under context parallelism, else "".
     """
     family = MODELS[config.model.family]
     chosen = {"attention": attention, "context_attention": context_attention}

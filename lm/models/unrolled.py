@@ -1,6 +1,6 @@
 """Unrolled stack for decoding: each layer has its own parameters and cache.
 
-Slices of stacked parameters or caches would be copied in every step.
+Slicing stacked parameters or caches would copy them in every step.
 """
 
 from __future__ import annotations

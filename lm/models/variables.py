@@ -1,7 +1,7 @@
 """Variables of a model: parameters with roles, model state, and reported values.
 
 A module creates a parameter by `param`, which takes the logical names of its axes (sharded by
-`lm/parallel/mesh.py`) and its role. Whoever treats parameters differently (weight decay, muP,
+`lm/parallel/mesh.py`) and its role. Code that treats parameters differently (weight decay, muP,
 Muon, low-rank adaptation, layer-wise decay, parameter counts, FLOPs) reads the role, never the
 path.
 """
@@ -29,7 +29,7 @@ Part = Literal["input", "layers", "body", "output", "pretraining", "task"]
 
 # --- trees by path
 
-LORA = "lora"  # where the parameters of low-rank adaptation are
+LORA = "lora"  # key of the low-rank factors
 
 
 def flat(params: Any) -> dict[str, Any]:
@@ -48,14 +48,14 @@ def nested(params: Mapping[str, Any]) -> Any:
 class Kind(StrEnum):
     """Kind of a parameter, by what it computes."""
 
-    MATRIX = "matrix"  # between features: in muP both sides grow with the width
+    MATRIX = "matrix"  # from features to features: in muP both dimensions grow with the width
     HEAD = "head"  # from features to a fixed number of scores (vocabulary, classes)
     ROUTER = "router"  # from features to scores of experts
     EMBEDDING = "embedding"  # look-up table of tokens, positions or token types
     POSITION_BIAS = "position bias"  # table of attention biases by distance (T5)
     NORM = "norm"  # scale of a normalization
     BIAS = "bias"
-    SCALE = "scale"  # of a kernel in 8 bits
+    SCALE = "scale"  # scale of an 8-bit kernel
     LOW_RANK = "low rank"  # factor A or B of low-rank adaptation
 
 

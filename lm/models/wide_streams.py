@@ -1,8 +1,8 @@
-"""Residual streams other than a sum to which each sublayer adds in turn.
+"""Residual streams other than the plain sum: parallel, concatenated, hyper-connections.
 
 A stack widens its input to the stream, each block reads and writes it through a `Stream`, and the
-stack narrows what leaves the last block to [B, L, D], normalized. With `model.value_residual` the
-last numbers of the stream are the attention values of the first layer.
+stack narrows the result to [B, L, D], normalized. With `model.value_residual` the last elements of
+the stream are the attention values of the first layer.
 
 Shape letters: B batch, L length, D model, W width of the stream, C streams of hyper-connections,
 U connections of a stream, G key/value heads, K head dim.
@@ -33,7 +33,7 @@ def widen(config: TransformerConfig, x_BLD: jax.Array) -> jax.Array:
 
 
 def narrow(config: TransformerConfig, x_BLW: jax.Array) -> jax.Array:
-    """Return what leaves a stack, [B, L, D]; called by a compact method of it."""
+    """Return the output [B, L, D] of a stack; call it in the stack's compact method."""
     c = config
     x_BLW = x_BLW[..., : x_BLW.shape[-1] - _n_values(c)]
     if c.residual == "hyper":
@@ -43,7 +43,7 @@ def narrow(config: TransformerConfig, x_BLW: jax.Array) -> jax.Array:
 
 
 def _n_values(config: TransformerConfig) -> int:
-    """Return how many numbers of a stream are values of the first layer."""
+    """Return the width of the first layer's values in the stream."""
     return config.n_kv_heads * config.head_dim if config.value_residual != "none" else 0
 
 
@@ -66,13 +66,13 @@ def project(
 
 
 class Stream:
-    """Residual stream of one block, while it runs: the sum, if no subclass has another rule.
+    """Residual stream of one block: the plain sum; subclasses have other rules.
 
-    Its parameters belong to the block, from whose compact method all is called.
+    Its parameters belong to the block, whose compact method calls it.
     """
 
     def __init__(self, block: nn.Module, x_BLW: jax.Array, number: jax.Array | None):
-        """Take the stream that enters a block.
+        """Wrap the stream that enters a block.
 
         Args:
             block: the block.
@@ -88,11 +88,11 @@ class Stream:
     def through(
         self, names: tuple[str, ...], run: Callable[[str, jax.Array], jax.Array]
     ) -> jax.Array:
-        """Return the stream that leaves the block, after its sublayers.
+        """Run the sublayers; return the stream that leaves the block.
 
         Args:
-            names: names of the sublayers, in their order.
-            run: sublayer of a name on an input, with its norms and dropout.
+            names: names of the sublayers, in order.
+            run: runs the sublayer of a name on an input, with its norms and dropout.
         """
         for i, name in enumerate(names):
             x_BLW = self.read(name, self.number * len(names) + i)
@@ -100,17 +100,17 @@ class Stream:
         return jnp.concatenate([self.x_BLW, self.values_BLV], axis=-1)
 
     def read(self, name: str, index: jax.Array) -> jax.Array:
-        """Return the input of a sublayer, by its name and its number in the stack."""
+        """Return the input of a sublayer, given its name and its index in the stack."""
         return self.x_BLW
 
     def write(self, name: str, y_BLD: jax.Array) -> None:
-        """Add the output of the sublayer of this name."""
+        """Add the output of the sublayer `name`."""
         self.x_BLW = _constrained(self.x_BLW + y_BLD)
 
     def mix_values(self, mixer: Attention, x_BLW: jax.Array, inputs: MixerInputs) -> MixerInputs:
-        """Return the inputs of self-attention with values that are partly the first layer's.
+        """Return the inputs of self-attention, with the first layer's values mixed in.
 
-        V'_n = λ_1 V_1 + λ_2 V_n for n > 1, λ being ½ each, or learned from there for each layer
+        V'_n = λ_1 V_1 + λ_2 V_n for n > 1; both λ are ½, or are learned per layer, starting at ½
         (ResFormer; Zhou et al. 2024, arXiv 2410.17897, §3.2).
 
         Args:
@@ -134,7 +134,7 @@ class Stream:
 
 
 class ParallelStream(Stream):
-    """Stream whose sublayers all read one norm of it, x + attention(norm(x)) + mlp(norm(x)).
+    """Parallel sublayers that read the same norm: x + attention(norm(x)) + mlp(norm(x)).
 
     GPT-J (Wang and Komatsuzaki 2021) and PaLM (Chowdhery et al. 2022, §2).
     """
@@ -149,11 +149,11 @@ class ParallelStream(Stream):
 
 
 class ConcatStream(Stream):
-    """Stream of `residual="concat"`, which grows by g = `concat_width` numbers a block.
+    """Stream of `residual="concat"`, which widens by g = `concat_width` per block.
 
     Block l, counted from 0, reads H^l [B, L, D + l g]; its first sublayer reads H^l and each later
-    one concat(H^l, u), u being the sum of the sublayer outputs before it; h^l [B, L, D] is the sum
-    of all. The block returns H^{l+1} = concat(H^l, h^l W^{l+1}) with W^{l+1} [D, g]; H^0 are the
+    one concat(H^l, u), where u is the sum of earlier sublayer outputs; h^l [B, L, D] is the sum of
+    all. The block returns H^{l+1} = concat(H^l, h^l W^{l+1}) with W^{l+1} [D, g]; H^0 are the
     embeddings. The stack ends with a projection of H^N, normalized, to [B, L, D], so that output
     layers are those of other stacks, tied embeddings included.
     """
@@ -162,7 +162,7 @@ class ConcatStream(Stream):
     input_BLW: jax.Array | None = None
 
     def write(self, name: str, y_BLD: jax.Array) -> None:
-        """Put the sum of the outputs, or what it is mapped to, beside the input."""
+        """Concatenate the sum of the outputs, or its projection, to the input."""
         if self.input_BLW is None or self.sum_BLD is None:
             self.input_BLW, self.sum_BLD = self.x_BLW, y_BLD
         else:
@@ -174,10 +174,10 @@ class ConcatStream(Stream):
 
 
 class HyperStream(Stream):
-    """C streams with connections of their own (Zhu et al. 2024, arXiv 2409.19606, §2).
+    """Hyper-connections of C residual streams (Zhu et al. 2024, arXiv 2409.19606, §2).
 
-    A sublayer T reads A_m^T H and its output joins what the streams make of each other, eq. 2 to 5:
-    H' = A_r^T H + B^T T(A_m^T H). All streams begin as the embeddings; their sum leaves the stack.
+    A sublayer T reads A_m^T H, and its output is added to the mixed streams (eq. 2 to 5):
+    H' = A_r^T H + B^T T(A_m^T H). All streams start as the embeddings; the stack returns their sum.
     """
 
     def read(self, name: str, index: jax.Array) -> jax.Array:
@@ -203,11 +203,11 @@ class HyperStream(Stream):
 
 
 class HyperConnection(nn.Module):
-    """Weights [A_m, A_r, B^T] of the connections of each stream to a sublayer.
+    """Weights [A_m, A_r, B^T] that connect the streams to a sublayer.
 
-    They begin as those of a plain residual sum, of which sublayer k reads stream k mod C (eq. 14).
-    What is learned is added: a static part, and with `hyper_dynamic` s tanh(norm(H) W), W beginning
-    at 0 and s at 0.01 (eq. 10 to 13).
+    Initially they are a plain residual sum in which sublayer k reads stream k mod C (eq. 14). A
+    learned static part is added, and with `hyper_dynamic` s tanh(norm(H) W), where W starts at 0
+    and s at 0.01 (eq. 10 to 13).
     """
 
     config: TransformerConfig

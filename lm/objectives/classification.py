@@ -227,6 +227,7 @@ def _label_problem(labels: tuple[str, ...], n_classes: int, multi_label: bool) -
         return f"{len(labels)} classes for --config.model.n_classes={n_classes} outputs"
     if not labels and n_classes > 1 and not multi_label:
         return (
-            f"name the classes of --config.model.n_classes={n_classes}: without, it is regression"
+            f"name the classes of --config.model.n_classes={n_classes}: without names it "
+            "would be regression"
         )
     return ""

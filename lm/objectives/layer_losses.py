@@ -20,7 +20,7 @@ def add_sown(sums: LossSums, sown: Mapping[str, Any], batch: Batch) -> LossSums:
 
     Each row's values are weighted by the row's target weights. They are thus sums over the batch
     like the objective's own, with the same divisor, and do not depend on how rows are split over
-    devices or microbatches. The metric "nll" stays, or becomes, the loss without them.
+    devices or microbatches. The metric "nll" is the loss without them.
 
     Args:
         sums: loss sums of the objective.

@@ -70,7 +70,7 @@ def _cross_entropy_backward(
     label_smoothing: float, z_loss: float, residuals: tuple, g: TokenLosses
 ) -> tuple[jax.Array, None]:
     logits_BLV, targets_BL, log_z_BL = residuals
-    # Compare with all columns: the gradient of the gather would be a scatter.
+    # Compare with all columns, since the gradient of a gather would be a scatter.
     is_target_BLV = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
     target_probs_BLV = jnp.where(is_target_BLV, 1 - label_smoothing, 0) + (
         label_smoothing / logits_BLV.shape[-1]

@@ -288,7 +288,7 @@ class Preferences(Objective[RecordStore, Example]):
                 f"--config.data.sequence_length={self.length}"
             )
         if n := int((~fits).sum()):
-            left_out = f"{n} of {len(store)} records left out, whose prompts fill a sequence"
+            left_out = f"skipped {n} of {len(store)} records, whose prompts fill a sequence"
             tell_once(left_out, store.manifest.source)
         reference = None
         if self.precomputes:

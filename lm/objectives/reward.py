@@ -75,7 +75,7 @@ class Reward(Objective[RecordStore, Record]):
                 f"--config.data.sequence_length={self.length}"
             )
         if n := int((~fits).sum()):
-            left_out = f"{n} of {len(store)} records left out, which are too long"
+            left_out = f"skipped {n} of {len(store)} records, which are too long"
             tell_once(left_out, store.manifest.source)
         return store.select(np.flatnonzero(fits))
 

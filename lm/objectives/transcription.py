@@ -26,15 +26,15 @@ from lm.objectives.seq2seq import Seq2Seq
 class Transcription(Seq2Seq):
     """Next-token prediction of transcripts, which end with eos, from log-mel features.
 
-    A recording is padded with silence to F frames, and the encoder attends to all of it, as
-    Whisper's does. In training SpecAugment (Park et al. 2019) may hide parts of it.
+    A recording is padded with silence to F frames, and the encoder attends to all of them, as
+    in Whisper. In training SpecAugment (Park et al. 2019) may mask parts of it.
 
     Attributes:
         source_length: positions of the encoder, S.
         n_mels: mel bins, M.
-        masks: masks of each kind that SpecAugment draws.
-        mask_frames: longest stretch of time that one hides.
-        mask_bins: widest band of mel bins that one hides.
+        masks: number of time masks, and of frequency masks, that SpecAugment draws.
+        mask_frames: maximum length of a time mask, in frames.
+        mask_bins: maximum width of a frequency mask, in mel bins.
     """
 
     families: ClassVar = ("encoder_decoder",)
@@ -52,7 +52,7 @@ class Transcription(Seq2Seq):
         if config.model.n_mels != n_mels:
             raise UserError(
                 f"--config.objective.name=transcription reads --config.data.n_mels={n_mels} mel "
-                f"bins: --config.model.n_mels={config.model.n_mels} must be as many"
+                f"bins: --config.model.n_mels={config.model.n_mels} must equal it"
             )
         given = Seq2Seq.from_config(config, tokenizer)
         common = {field.name: getattr(given, field.name) for field in fields(given)}
@@ -126,7 +126,7 @@ class HeardRecords:
 
 
 def _stretch(n: int, most: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Draw start and end of a span of up to `most` of n places."""
+    """Draw start and end of a span of up to `most` of n positions."""
     width = int(rng.integers(0, min(most, n) + 1))
     start = int(rng.integers(0, n - width + 1))
     return start, start + width

@@ -155,7 +155,7 @@ def scale_by_layer(
         return update_scales(options.layer_decay, mask, params, infos, options.rates)
 
     def init(params: Tree) -> optax.EmptyState:
-        scales(params)  # raises errors before the first step
+        scales(params)  # raise UserErrors before the first step
         return optax.EmptyState()
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:

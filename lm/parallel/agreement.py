@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # of its key-value store and barriers nothing is public
+from jax._src import distributed  # no public API for its key-value store and barriers
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ from lm.config.registries import SCHEMA
 from lm.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece")
-# Keys that may differ: where a host keeps its files, and how it reads them.
+# Keys that may differ between hosts: file locations, and how files are read.
 _OF_A_PROCESS = ("data.directory", "data.cache_directory", "data.workers", "data.prefetch")
 _STOP = "lm/stop"
 _LEAVE_SECONDS = 5  # for all processes to see the stop request
@@ -106,7 +106,7 @@ def software() -> dict[str, str]:
 
 
 def stop_is_shared() -> bool:
-    """Return whether a process of the run has called `all_leave`."""
+    """Return whether any process of the run has called `all_leave`."""
     try:
         return bool(_client().key_value_try_get(_STOP))
     except RuntimeError:  # the key does not exist

@@ -17,7 +17,7 @@ Tree = Any
 
 
 def accumulate(
-    of_part: Callable[[Between, Tree, jax.Array], tuple[Tree, Between]],
+    function: Callable[[Between, Tree, jax.Array], tuple[Tree, Between]],
     n: int,
     before: Between,
     batch: Tree,
@@ -25,13 +25,14 @@ def accumulate(
 ) -> tuple[Tree, Between]:
     """Sum a function over `n` microbatches; also return the state passed to the next batch.
 
-    The carry of a row goes to the microbatch of that row; model state passes from each microbatch
-    to the next.
+    The carry is split by rows like the batch; model state is passed from each microbatch to the
+    next.
 
     Args:
-        of_part: function of the passed-on state, a microbatch and its random key.
+        function: function of the previous state, a microbatch and its random key; returns values to
+            sum and the next state.
         n: number of microbatches.
-        before: state passed on by the previous batch.
+        before: state after the previous batch.
         batch: arrays [B, …].
         rng: per-row key of the batch.
     """
@@ -44,11 +45,11 @@ def accumulate(
     def add(so_far: tuple[Tree, Tree], part: tuple[Tree, jax.Array]) -> tuple[Tree, Tree]:
         (total, model_state), ((carry, batch), index) = so_far, part
         passed = before._replace(carry=carry, model_state=model_state)
-        sums, after = of_part(passed, batch, select_rows(rng, index, n))
+        sums, after = function(passed, batch, select_rows(rng, index, n))
         return (jax.tree.map(jnp.add, total, sums), after.model_state), after.carry
 
     first_carry, first_batch = jax.tree.map(lambda x: x[0], parts)
-    shapes, _ = jax.eval_shape(of_part, before._replace(carry=first_carry), first_batch, rng)
+    shapes, _ = jax.eval_shape(function, before._replace(carry=first_carry), first_batch, rng)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     start = (zeros, before.model_state)
     (sums, model_state), carries = jax.lax.scan(add, start, (parts, jnp.arange(n)))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import distributed  # its client is not public
+from jax._src import distributed  # no public API for its client
 
 from lm.errors import LostPeerError, UserError
 
@@ -27,16 +27,16 @@ _LOST = (
     *("Connection closed by peer", "Connection reset", "Connection refused"),
 )
 COMPILING = "lm-compile"  # name of threads that may still be compiling at exit
-_INTACT = "saved checkpoints are intact, the same command continues"
+_INTACT = "saved checkpoints are intact, and the same command resumes"
 _BEATS = "lm/alive/"
 _KEPT: list = []  # keeps a C callback from being garbage-collected
-_WAIT_SECONDS = 300.0  # for the other processes at startup
+_WAIT_SECONDS = 300.0  # wait for the other processes at startup
 
 
 def use_cpu_without_accelerators() -> None:
     """Select the CPU platform if libtpu is installed but there is no TPU or GPU.
 
-    JAX would end up there too, after libtpu's slow search and warnings.
+    JAX would fall back to it too, but only after libtpu's slow search and warnings.
     """
     looks_for_tpu = not os.environ.get("JAX_PLATFORMS") and find_spec("libtpu")
     if looks_for_tpu and not has_tpu() and not Path("/dev/nvidiactl").exists():
@@ -64,7 +64,7 @@ def initialize_distributed(
         coordinator: HOST:PORT of process 0.
         num_processes: number of processes.
         process_id: index of this process.
-        heartbeat_seconds: silence of a process after which JAX terminates the others.
+        heartbeat_seconds: seconds without a heartbeat after which JAX terminates the others.
 
     Raises:
         UserError: some of the first three are missing, the index is out of range, or the
@@ -74,9 +74,11 @@ def initialize_distributed(
     given = (coordinator, num_processes, process_id)
     if any(value is not None for value in given):
         if coordinator is None or num_processes is None or process_id is None:
-            raise UserError("--coordinator, --num_processes and --process_id go together")
+            raise UserError(
+                "--coordinator, --num_processes and --process_id must be given together"
+            )
         if not 0 <= process_id < num_processes:
-            raise UserError(f"--process_id {process_id} is not in 0 … {num_processes - 1}")
+            raise UserError(f"--process_id {process_id} is not between 0 and {num_processes - 1}")
         port = _port(coordinator)
         if process_id == 0:
             _check_free(port)
@@ -86,7 +88,9 @@ def initialize_distributed(
         who, where = "this process", "of the cluster that the environment announces"
     else:
         return
-    line = f"{who} did not meet the others {where}: start all of them, with the address of process"
+    line = (
+        f"{who} could not reach the others {where}: start all of them, with the address of process"
+    )
     # JAX crashes a process that waits too long, so exit before that.
     timer = threading.Timer(_WAIT_SECONDS, _give_up, (f"{line} 0 (waited {_WAIT_SECONDS:g} s)",))
     timer.daemon = True
@@ -145,8 +149,8 @@ def lost_peer(error: Exception) -> str | None:
     if not any(sign in text for sign in _LOST):
         return None
     return (
-        f"another process of the run has ended or does not answer ({first_line(error)}); its own "
-        f"output says why; {_INTACT}"
+        f"another process of the run has ended or does not respond ({first_line(error)}); see "
+        f"its output for the cause; {_INTACT}"
     )
 
 
@@ -197,8 +201,8 @@ def _explain_aborts(heartbeat_seconds: int) -> None:
     def on_abort(number: int) -> None:
         if silent := peers.silent():
             _give_up(
-                f"process {', '.join(map(str, silent))} of the run does not answer: it has ended, "
-                f"is frozen (--heartbeat_seconds {heartbeat_seconds}) or cut off; {_INTACT}"
+                f"process {', '.join(map(str, silent))} of the run does not respond: it has ended, "
+                f"is frozen (--heartbeat_seconds {heartbeat_seconds}) or is unreachable; {_INTACT}"
             )
         libc.signal(number, 0)  # restore the default handler
         os.abort()

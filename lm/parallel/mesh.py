@@ -112,14 +112,14 @@ Rules = dict[str, tuple[str, ...]]
 PARAMETERS: Rules = {
     "layers": ("stage",),
     "embed": ("fsdp", "context"),
-    "latent": ("fsdp", "context"),  # inputs of a kernel whose width is not the residual stream's
+    "latent": ("fsdp", "context"),  # kernel inputs that are not the residual stream
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": ("expert",),
-    # Replicated. "residual": outputs of a kernel from residual stream to residual stream; "one": an
-    # axis of a scale whose other axes are those of its kernel.
+    # Replicated. "residual": outputs of a kernel that maps the residual stream to itself; "one":
+    # the reduced axis of a scale that otherwise has its kernel's axes.
     **dict.fromkeys(("residual", "one", "positions", "types", "head_dim", "norm", "pooled"), ()),
     **dict.fromkeys(("classes", "lora_rank", "hidden", "gates", "router_inputs", "router"), ()),
     **dict.fromkeys(("taps", "mels"), ()),
@@ -206,7 +206,9 @@ def parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str,
     """Return the mesh axes that shard a parameter's dimension; None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)
-    if LENGTH_AXIS in axes and (size % n or sizes[LENGTH_AXIS] == 1):  # used only if it divides
+    if LENGTH_AXIS in axes and (
+        size % n or sizes[LENGTH_AXIS] == 1
+    ):  # used only if it divides the dimension
         axes = axes[:-1]
         n = prod(sizes[axis] for axis in axes)
     if size % n == 0:

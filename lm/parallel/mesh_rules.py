@@ -105,8 +105,8 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
     context = sizes["context"]
     if context > 1 and config.model.family not in TRANSFORMERS:
         yield (
-            f"--config.parallel.mesh.context={context} needs attention: "
-            f"--config.model.family={config.model.family} has none over the sequence"
+            f"--config.parallel.mesh.context={context} needs self-attention, which "
+            f"--config.model.family={config.model.family} does not have"
         )
     if context > 1 and config.model.mixer in STATE_SPACES:
         yield (

@@ -67,7 +67,7 @@ class PipelineSchedule:
         return (self.stages - 1) / self.iterations
 
     def work(self, iteration: Any, stage: Any) -> tuple[Any, Any, Any]:
-        """Return microbatch and repeat of a stage in an iteration, and whether it is busy."""
+        """Return a stage's microbatch and repeat in an iteration, and whether it is busy."""
         unit = iteration - stage
         is_busy = (unit >= 0) & (unit < self.microbatches * self.repeats)
         return unit % self.microbatches, unit // self.microbatches, is_busy
@@ -244,10 +244,12 @@ def _group(
         keys_K = keys_N.reshape(R, S, -1)[repeat, stage]
         keys_K = jax.vmap(lambda key: select_rows(key, first, J))(keys_K)
 
-    def one(x: jax.Array, of_layer: tuple[Tree, jax.Array | None]) -> tuple[jax.Array, Tree]:
+    def apply_layer(
+        x: jax.Array, of_layer: tuple[Tree, jax.Array | None]
+    ) -> tuple[jax.Array, Tree]:
         return layer(*of_layer, x, per_row, shared)
 
-    return lax.scan(one, x, (params_K, keys_K), unroll=unroll or True)
+    return lax.scan(apply_layer, x, (params_K, keys_K), unroll=unroll or True)
 
 
 def _reorder_reports(schedule: PipelineSchedule, reports: jax.Array) -> jax.Array:

@@ -65,8 +65,8 @@ def starting_workers_for(payload: bytes) -> Iterator[None]:
         file = given.get("__file__")
         if file and Path(file).is_file() and not _GUARD.search(Path(file).read_bytes()):
             raise UserError(
-                f"{file}: worker processes import it for its classes, and would run all of it: put "
-                'what it runs under `if __name__ == "__main__":`, or set data.workers=1'
+                f"{file}: worker processes import it for its classes and would run it again: "
+                'move its top-level code under `if __name__ == "__main__":`, or set data.workers=1'
             )
         with starting_workers():
             yield

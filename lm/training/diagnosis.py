@@ -74,10 +74,9 @@ def require_learning(
             if sums.weight.sum() > 0:
                 return
     raise UserError(
-        f"the first {_LOOK_AHEAD} batches have no targets, so nothing would be learned: no token "
-        "is to be predicted (documents of one token under --config.data.isolate_documents, prompts "
-        "that fill --config.data.sequence_length, words that --config.objective.subsample "
-        "drops)"
+        f"the first {_LOOK_AHEAD} batches have no targets, so nothing would be learned: possible "
+        "causes are documents of one token under --config.data.isolate_documents, prompts "
+        "that fill --config.data.sequence_length, or words that --config.objective.subsample drops"
     )
 
 
@@ -95,7 +94,7 @@ def nonfinite_message(
     """
     bad = [path for path, x in flat(params).items() if not _is_finite(x)]
     what = "gradient" if jnp.isfinite(values["loss"]) else "loss"
-    rate, go_on = values["learning_rate"], "continue with --config.train.nonfinite=skip"
+    rate, skip = values["learning_rate"], "continue with --config.train.nonfinite=skip"
     if bad:
         when = "before the first step" if step == 1 else f"since a step before {step}"
         advice = (
@@ -106,17 +105,17 @@ def nonfinite_message(
     elif step == 1:
         advice = (
             f"No parameter had changed yet, so the learning rate is not the cause: look at the "
-            f"data, at large weights of losses (--config.objective, --config.model) or {go_on}"
+            f"data, at large loss weights (--config.objective, --config.model), or {skip}"
         )
     elif rate * weight_decay > 1:
         product = f"--config.optimizer.weight_decay={weight_decay} times the rate {rate:.3g}"
-        advice = f"{product} is above 1, so that parameters grow: lower it"
+        advice = f"{product} is above 1, so parameters grow: lower it"
     elif rate == 0:
-        advice = f"The learning rate is 0, so the cause is in the data: {go_on}"
+        advice = f"The learning rate is 0, so the cause is in the data: {skip}"
     else:
-        advice = f"Lower the learning rate, or {go_on}"
+        advice = f"Lower the learning rate, or {skip}"
     return (
-        f"{what} is not finite at step {step}; that update was left out and the state saved at "
+        f"{what} is not finite at step {step}; that update was skipped and the state saved at "
         f"step {saved_at}. {advice}"
     )
 

@@ -1,4 +1,4 @@
-"""Recovery of files from earlier starts of a run: clock and metrics."""
+"""Recovery of clock.json and metrics.jsonl from earlier starts of a run."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def _teacher(experiment: Experiment, fresh: Params, tokenizer: Tokenizer, log: L
     checkpoints = saved_checkpoints(resolve_path(place), log)
     theirs = checkpoints[0].metadata["fingerprint"]["tokenizer"]
     if theirs and theirs != tokenizer.digest:
-        raise UserError(f"--config.objective.teacher={place} has another tokenizer: use its own")
+        raise UserError(
+            f"--config.objective.teacher={place} has a different tokenizer: use that one"
+        )
     prefix = f"{FROZEN}/{TEACHER}/"
     shardings = {
         path.removeprefix(prefix): sharding

@@ -91,7 +91,7 @@ def watchdog(
             if silent > seconds:
                 from lm.runs.incidents import report_stall
 
-                report_stall(workdir, f"nothing happened for {seconds:g} s since {last}")
+                report_stall(workdir, f"no progress for {seconds:g} s since {last}")
                 end(1)
                 return
 

@@ -50,8 +50,10 @@ class BestCheckpoint:
             before = kept.get("figure", figure)
             if before != figure or self._name not in kept:
                 raise UserError(
-                    f"--config.eval.best={figure}: {workdir / BEST_FOLDER} holds the best "
-                    f"by {before if before != figure else 'another metric'}: move that folder away"
+                    f"--config.eval.best={figure}: {workdir / BEST_FOLDER} has the best "
+                    f"checkpoint by {before if before != figure else 'another metric'}: move that "
+                    "folder "
+                    "away"
                 )
             self._value = self._sign * kept[self._name]
 

@@ -22,7 +22,9 @@ from lm.training.monitor import RESUMABLE, StopRequest
 
 _ALWAYS = (signal.SIGTERM, signal.SIGINT)
 _UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1)  # nohup ignores the first
-_ONE_REQUEST_SECONDS = 1.0  # a launcher may forward a signal that its whole group received
+_ONE_REQUEST_SECONDS = (
+    1.0  # a launcher may forward a signal that the whole process group also received
+)
 _POLL_SECONDS = 0.5
 
 

@@ -19,7 +19,7 @@ from lm.config.registries import TRACKERS
 from lm.config.registry import listed
 
 _WAITING_ROWS = 10_000
-_WAIT_SECONDS = 10.0  # for a tracker that is blocked or does not finish
+_WAIT_SECONDS = 10.0  # time limit for a tracker that hangs
 _FLUSH_SECONDS = 120.0
 
 
@@ -82,14 +82,14 @@ class BackgroundTracker:
         self._call("close")
         self._thread.join(0 if self._failed else _WAIT_SECONDS)
         if self._thread.is_alive():
-            self._fail("it does not end")
+            self._fail("it does not finish")
 
     def _call(self, *call: Any) -> None:
         if not self._failed:
             try:
                 self._calls.put(call, timeout=_WAIT_SECONDS)
             except queue.Full:
-                self._fail("it takes no more metrics")
+                self._fail("its queue is full")
 
     def _run(self) -> None:
         tracker, method = None, ""
@@ -107,7 +107,7 @@ class BackgroundTracker:
     def _fail(self, problem: str) -> None:
         if not self._failed:
             self._failed = True
-            line = f"{self._name} fails ({problem}): training continues without it"
+            line = f"{self._name} failed ({problem}): training continues without it"
             tqdm.write(line, file=sys.stderr)
 
 

@@ -234,7 +234,7 @@ def describe(experiment: Experiment) -> str:
 def _attention(experiment: Experiment) -> str:
     attention = experiment.attention
     n_shards = experiment.mesh.shape[LENGTH_AXIS]
-    across = f", {attention.across} over {n_shards} parts of the sequence" if n_shards > 1 else ""
+    across = f", {attention.across} over {n_shards} sequence shards" if n_shards > 1 else ""
     return f"attention kernel {attention.kernel} ({attention.why}){across}"
 
 
@@ -242,7 +242,7 @@ class InFlight(NamedTuple):
     """Dispatched steps whose metrics have not been read yet."""
 
     steps: range
-    size: int  # elements in their batches
+    size: int  # elements per batch
     metrics: Metrics
     action: Any
 

@@ -192,7 +192,7 @@ def map_parameters(
 ) -> ParamMapping:
     """Match source parameters with the parameters of this run.
 
-    QK-clip's largest logits, which are 0 between steps, are neither loaded nor missed.
+    QK-clip's largest logits are ignored, because they are 0 between steps.
 
     Args:
         options: section "init" of the configuration.
@@ -207,25 +207,25 @@ def map_parameters(
     beside |= set(filter(is_largest_logits, params))
     source = {name: leaf for name, leaf in source.items() if not is_largest_logits(name)}
     base = {path: leaf for path, leaf in params.items() if path not in beside}
-    stays_fresh = _named("init.fresh", options.fresh, base)
-    may_be_left = _named("init.leave", options.leave, source)
+    stays_fresh = _matching_paths("init.fresh", options.fresh, base)
+    may_be_left = _matching_paths("init.leave", options.leave, source)
     names = _renamed(options.rename, source)
 
     loaded = {path: names[path] for path in base if path in names and path not in stays_fresh}
     missing = [path for path in base if path not in names and path not in stays_fresh]
     left = [name for path, name in names.items() if path not in loaded]
     unused = [name for path, name in names.items() if path not in base and name not in may_be_left]
-    unlike = [
+    different = [
         f"{path} {tuple(base[path].shape)} from {tuple(source[name].shape)}"
         for path, name in loaded.items()
-        if not _is_alike(base[path].shape, source[name].shape, resizable.get(path))
+        if not _shapes_match(base[path].shape, source[name].shape, resizable.get(path))
     ]
     problems = [
         f"{len(paths)} {what}: {', '.join(paths[:5])}{', …' if len(paths) > 5 else ''}"
         for what, paths in (
-            ("of this model are not there (allow it by --config.init.fresh)", missing),
-            ("have another shape there (leave them out by --config.init.fresh)", unlike),
-            ("there have no place here (allow it by --config.init.leave)", unused),
+            ("of this model are missing there (allow with --config.init.fresh)", missing),
+            ("have a different shape there (skip them with --config.init.fresh)", different),
+            ("there do not exist here (allow with --config.init.leave)", unused),
         )
         if paths
     ]
@@ -239,13 +239,15 @@ def map_parameters(
     return ParamMapping(loaded, fresh, left)
 
 
-def _is_alike(one: Sequence[int], two: Sequence[int], axis: int | None) -> bool:
+def _shapes_match(one: Sequence[int], two: Sequence[int], axis: int | None) -> bool:
     """Return whether two shapes are equal except for the size of one axis."""
-    alike = len(one) == len(two)
-    return alike and all(a == b or i == axis for i, (a, b) in enumerate(zip(one, two, strict=True)))
+    same_rank = len(one) == len(two)
+    return same_rank and all(
+        a == b or i == axis for i, (a, b) in enumerate(zip(one, two, strict=True))
+    )
 
 
-def _named(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
+def _matching_paths(key: str, text: str, leaves: Mapping[str, Any]) -> set[str]:
     return {path for path, group in matching(key, text, leaves).items() if group.any()}
 
 
@@ -269,23 +271,24 @@ def _renamed(text: str, source: Mapping[str, Any]) -> dict[str, str]:
 def _check_tokenizer(
     experiment: Experiment, plan: ParamMapping, source: SavedCheckpoint, digest: str
 ) -> None:
-    theirs = source.metadata["fingerprint"]["tokenizer"]
+    source_digest = source.metadata["fingerprint"]["tokenizer"]
     infos = experiment.param_infos
     tables = [path for path in plan.loaded if path in infos and "vocab" in infos[path].axes]
     # Imported models may have no tokenizer.
-    if tables and theirs and theirs != digest:
+    if tables and source_digest and source_digest != digest:
         raise UserError(
-            f"the tokenizer is not that of --config.init.from={experiment.config.init['from']}, so "
+            "the tokenizer differs from that of "
+            f"--config.init.from={experiment.config.init['from']}, so "
             f"{', '.join(tables)} would mix up tokens: use its tokenizer, or --config.init.fresh"
         )
 
 
-def _describe(source: str, steps: Sequence[int], plan: ParamMapping, n_numbers: int) -> str:
+def _describe(source: str, steps: Sequence[int], plan: ParamMapping, n_params: int) -> str:
     where = f"{'mean of ' if len(steps) > 1 else ''}step {', '.join(map(str, steps))}"
     loaded = [
-        path if path == name else f"{path} (there {name})" for path, name in plan.loaded.items()
+        path if path == name else f"{path} (from {name})" for path, name in plan.loaded.items()
     ]
-    lines = [f"parameters of {source}, {where}: {n_numbers:,} numbers"]
+    lines = [f"parameters of {source}, {where}: {n_params:,} parameters"]
     for what, paths in (("loaded", loaded), ("fresh", plan.fresh), ("left", plan.left)):
         lines.append(f"  {what} {len(paths)}: {', '.join(paths) or 'none'}")
     return "\n".join(lines)

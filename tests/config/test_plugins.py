@@ -191,21 +191,21 @@ def test_the_schema_without_plugins_has_none_of_their_keys():
 WRONG = {
     "name of the library": (
         "@OPTIMIZERS.register('adamw')\ndef mine(*args): ...\n",
-        "optimizer 'adamw' exists already, part of the library",
+        "optimizer 'adamw' already exists (part of the library",
     ),
     "name that no key can hold": (
         "@OPTIMIZERS.register('my optimizer')\ndef mine(*args): ...\n",
-        "optimizer 'my optimizer': a name is made of a-z, 0-9 and _",
+        "optimizer 'my optimizer': names consist of a-z, 0-9 and _",
     ),
     "key of the library": (
         "@dataclass\nclass O:\n    z_loss: float = option(1.0, 'Mine.')\n"
         "@OBJECTIVES.register('mine', options=O)\nclass Mine: ...\n",
-        "--config.objective.z_loss exists already",
+        "--config.objective.z_loss already exists",
     ),
     "section that is a key of the library": (
         "@dataclass\nclass O:\n    rate: float = option(1.0, 'Mine.')\n"
         "@OPTIMIZERS.register('decay', options=O)\ndef mine(*args): ...\n",
-        "--config.optimizer.decay exists already",
+        "--config.optimizer.decay already exists",
     ),
     "field that is no key": (
         "@dataclass\nclass O:\n    plain: int = 3\n"
@@ -237,7 +237,7 @@ def test_two_plugins_cannot_share_a_name(folder, capsys):
     config = (folder / "config.py").read_text()
     (folder / "config.py").write_text("import my_plugin_2\n" + config)
     line = error_of(capsys, "config", "--config", f"{folder}/config.py")
-    assert "model family 'gain' exists already, registered by" in line
+    assert "model family 'gain' already exists (registered by" in line
     assert "my_plugin_2.py" in line
 
 

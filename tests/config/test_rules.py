@@ -70,7 +70,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
                 "objective.name": "seq2seq",
                 "model.n_mels": "8",
             },
-            "--config.model.n_mels is not for --config.objective.name=seq2seq",
+            "--config.model.n_mels is not supported with --config.objective.name=seq2seq",
         ),
         (
             {"model.max_length": "8", "data.target_length": "9"},
@@ -78,7 +78,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.residual": "concat", "model.norm_placement": "post"},
-            "concat is not for --config.model.norm",
+            "concat is not supported with --config.model.norm",
         ),
         (
             {"model.residual": "parallel", "model.norm_placement": "output"},
@@ -86,15 +86,15 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.value_residual": "fixed", "model.mixer": "mla"},
-            "value_residual=fixed is not for --config.model.mixer=mla",
+            "value_residual=fixed is not supported with --config.model.mixer=mla",
         ),
         (
             {"model.residual": "concat", "model.family": "lstm"},
-            "concat is not for --config.model.fam",
+            "concat is not supported with --config.model.fam",
         ),
         (
             {"model.positions": "rotary", "model.head_dim": "8", "model.rope_fraction": "0.4"},
-            "rope_fraction=0.4 rotates 3 of the numbers of a head, which must be even",
+            "rope_fraction=0.4 rotates 3 dimensions per head, which must be even",
         ),
         (
             {"model.window_chunks": "true"},
@@ -102,11 +102,11 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.mixer": "mla", "model.attention_sinks": "true"},
-            "attention_sinks=True is not for --config.model.mixer=mla",
+            "attention_sinks=True is not supported with --config.model.mixer=mla",
         ),
         (
             {"model.family": "lstm", "model.residual_multiplier": "2.0"},
-            "residual_multiplier is not for --config.model.family=lstm",
+            "residual_multiplier is not supported with --config.model.family=lstm",
         ),
         (
             {"model.dense_layers": "1"},
@@ -114,7 +114,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.dense_layers": "4", "model.n_layers": "4", "model.n_experts": "4"},
-            "--config.model.dense_layers=4 leaves no layer with experts: --config.model.n_layers=4",
+            "--config.model.dense_layers=4 leaves no MoE layer: --config.model.n_layers=4",
         ),
         (
             {
@@ -128,15 +128,15 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ({"model.family": "encoder"}, "--config.objective.name=causal needs --config.model.family"),
         (
             {"model.init": "uniform"},
-            "--config.model.init=uniform is not for --config.model.family=dec",
+            "--config.model.init=uniform is not supported with --config.model.family=dec",
         ),
         (
             {"model.family": "lstm", "model.init": "uniform", "model.init_truncated": "true"},
-            "--config.model.init=uniform has nothing to cut: --config.model.init_truncated",
+            "--config.model.init=uniform cannot be truncated: unset --config.model.init_truncated",
         ),
         (
             {"model.family": "lstm", "model.pooling": "mean"},
-            "--config.model.pooling=mean is not for --config.model.family=lstm",
+            "--config.model.pooling=mean is not supported with --config.model.family=lstm",
         ),
         (
             {"model.positions": "relative", "model.relative_max_distance": "16"},
@@ -202,7 +202,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
                 "model.family": "encoder_decoder",
                 "objective.name": "span_corruption",
             },
-            "--config.model.window=8 is not for --config.model.family=encoder_decoder",
+            "--config.model.window=8 is not supported with --config.model.family=encoder_decoder",
         ),
         ({"model.global_every": "2"}, "--config.model.global_every=2 needs --config.model.window"),
         (
@@ -219,7 +219,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"init.from": "run", "init.vectors": "glove.txt"},
-            "--config.init.from and --config.init.vectors exclude each other",
+            "--config.init.from and --config.init.vectors are mutually exclusive",
         ),
         (
             {"model.n_experts": "1"},
@@ -231,11 +231,11 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ),
         (
             {"model.n_experts": "4", "model.activation_dropout": "0.1"},
-            "--config.model.activation_dropout is not for --config.model.n_experts",
+            "--config.model.activation_dropout is not supported with --config.model.n_experts",
         ),
         (
             {"model.n_experts": "4", "model.family": "lstm"},
-            "--config.model.n_experts is not for --config.model.family=lstm",
+            "--config.model.n_experts is not supported with --config.model.family=lstm",
         ),
         (
             {"train.microbatches": "3"},
@@ -245,7 +245,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ({"data.weights": "0"}, "every weight must be above 0"),
         ({"data.weights": "nan"}, "every weight must be above 0"),
         ({"parallel.mesh.fsdp": "-1"}, "at most one of them is -1"),
-        ({"parallel.mesh.tensor": "0"}, "sizes are 1 or more"),
+        ({"parallel.mesh.tensor": "0"}, "sizes must be 1 or more"),
     ],
 )
 def test_a_broken_rule_is_one_message(overrides, expected):

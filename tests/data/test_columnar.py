@@ -146,7 +146,7 @@ def test_bad_rows_are_named_or_skipped(make_data, tmp_path, capsys, kind, values
         assert _texts(f"{kind}:f", data) == ["good"]
         assert "1 bad rows skipped, the first" in capsys.readouterr().err
     else:
-        with pytest.raises(UserError, match="holds no text"):
+        with pytest.raises(UserError, match="contains no text"):
             _chunks(f"{kind}:f", data)
 
 

@@ -106,7 +106,7 @@ def test_empty_files_hold_no_text(make_data, tmp_path, ending):
     (tmp_path / f"a{ending}").write_bytes(b"")
     (tmp_path / f"b{ending}").write_bytes(COMPRESS[ending](b""))
     for name in "ab":
-        with pytest.raises(UserError, match="holds no text"):
+        with pytest.raises(UserError, match="contains no text"):
             open_corpus(f"text:{name}{ending}", make_data(), "train")
 
 

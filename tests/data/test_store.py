@@ -238,7 +238,7 @@ def test_documents_without_tokens_are_none(tmp_path):
 
     store = build_token_store(Texts(("ab", "  ", "b")), Letters("ab"), tmp_path, 1)
     assert store.offsets.tolist() == [0, 2, 3]
-    with pytest.raises(UserError, match="texts holds no tokens"):
+    with pytest.raises(UserError, match="texts contains no tokens"):
         build_token_store(Texts((" ",)), Letters("ab"), tmp_path, 1)
 
 

@@ -165,7 +165,7 @@ def test_documents_are_held_out_and_are_text(token_data, tmp_path):
         (np.asarray([2, 9, 1], "<u2").tobytes(), {}, r"token 1 \(byte 2\) is 9, beyond the 5 ids"),
         (np.asarray([2, 70000], "<u4").tobytes(), {}, r"token 2 \(byte 4\) is 4464"),
         (b"abc", {}, "not a multiple of uint16"),
-        (b"", {}, "holds no"),
+        (b"", {}, "contains no"),
         (llm_c([2, 1]), {"token_dtype": "uint32"}, "holds uint16, not"),
         (llm_c([2, 1])[:-1], {"token_dtype": ""}, "cut or damaged"),
         (struct.pack("<256i", 20240520, 9, *[0] * 254), {}, "of an unknown version, 9"),

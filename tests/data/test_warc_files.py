@@ -63,5 +63,5 @@ def test_cut_and_other_files_are_one_line(make_data, tmp_path, ending):
         assert f"{path}: " in str(error.value)
         assert "\n" not in str(error.value)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="contains no text"):
         texts(make_data, f"warc:f.wet{ending}")

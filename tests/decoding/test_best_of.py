@@ -44,8 +44,8 @@ def test_samples_are_ordered_by_reward_and_withheld_ones_come_last():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (["--best_of", "2"], "--best_of and --reward_model go together"),
-        (["--reward_model", "runs/reward"], "--best_of and --reward_model go together"),
+        (["--best_of", "2"], "--best_of and --reward_model must be given together"),
+        (["--reward_model", "runs/reward"], "--best_of and --reward_model must be given together"),
         (["--best_of", "2", "--reward_model", "runs/reward", "--greedy"], "omit --greedy"),
     ],
 )

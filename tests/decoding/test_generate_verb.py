@@ -68,10 +68,10 @@ def test_sources_become_targets(run, tmp_path):
 
 
 def test_misuse_is_one_line(run, tmp_path):
-    assert "--input and --output go together" in run("--input", "x")
+    assert "--input and --output must be given together" in run("--input", "x")
     files = ["--input", tmp_path / "none", "--output", tmp_path / "out"]
     assert "no file" in run(*files)
-    assert "does not go with --prompt" in run(*files, "--prompt", "x")
+    assert "cannot be combined with --prompt" in run(*files, "--prompt", "x")
     assert "--n_best needs --json" in run(*files, "--n_best", 2)
     assert "--n_best 2 needs --config.decode.beam_size=2" in run("--json", "--n_best", 2)
     assert "min_length=5 is above --config.decode.max_length=4" in run(

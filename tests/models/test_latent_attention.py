@@ -60,7 +60,7 @@ def resolved(**changes):
     [
         ({"n_kv_heads": 2}, "n_kv_heads=2"),
         ({"qk_norm": True}, "qk_norm"),
-        ({"family": "lstm"}, "mixer=mla is not for .*lstm"),
+        ({"family": "lstm"}, "mixer=mla is not supported with .*lstm"),
         ({"n_experts": 6, "expert_groups": 4, "expert_groups_per_token": 1}, "not divisible"),
         ({"n_experts": 8, "expert_groups": 4}, "expert_groups_per_token=0"),
         (

@@ -149,7 +149,10 @@ def test_the_coordinate_check_measures_with_the_model_state():
     ("values", "message"),
     [
         ({"optimizer.name": "sgd"}, "needs --config.optimizer.name adamw, muon, "),
-        ({"model.family": "lstm"}, "mup_base_width is not for --config.model.family=lstm"),
+        (
+            {"model.family": "lstm"},
+            "mup_base_width is not supported with --config.model.family=lstm",
+        ),
         ({"model.mup_base_width": "0"}, "mup_base_head_dim=8 needs --config.model.mup_base_width"),
     ],
 )

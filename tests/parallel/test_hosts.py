@@ -89,8 +89,9 @@ def test_waiting_for_a_process_that_never_comes_ends_with_a_line():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 1
-    assert f"error: process 0 of 2 did not meet the others at --coordinator 127.0.0.1:{port}" in (
-        found.stderr
+    assert (
+        f"error: process 0 of 2 could not reach the others at --coordinator 127.0.0.1:{port}"
+        in (found.stderr)
     )
 
 

@@ -50,7 +50,7 @@ state = folder / "state"
 now = state.read_text() if state.exists() else ""
 workers = folder / "workers"
 if verb == "create":
-    assert not now, "it exists already"
+    assert not now, "it already exists"
     assert ("--node-id" in flags) != ("--node-prefix" in flags and "--node-count" in flags)
     shutil.rmtree(workers, ignore_errors=True)
     prefix, count = flags.get("--node-prefix"), int(flags.get("--node-count", 1))

@@ -298,7 +298,7 @@ def test_the_best_by_another_figure_is_not_compared(experiment_file, run, capsys
     longer = arguments(experiment_file, run, **PIECE | {"train__steps": 10})
     lm(*longer, "--change", "--config.eval.best=-loss")
     lm(*longer, "--change", "--config.eval.best=accuracy", code=2)
-    assert "holds the best by -loss" in capsys.readouterr().err
+    assert "has the best checkpoint by -loss" in capsys.readouterr().err
 
 
 def test_a_source_is_added_at_the_end_of_training_as_if_it_had_been_planned(

@@ -71,7 +71,7 @@ def test_a_tracker_that_fails_is_said_once(capsys):
     tracker.close()
     assert broken.taken == [1, 2, "closed"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert "Mine fails ([Errno 28] No space left on device): training continues" in line
+    assert "Mine failed ([Errno 28] No space left on device): training continues" in line
 
 
 @pytest.mark.parametrize("rows", [2, 1000])
@@ -86,7 +86,7 @@ def test_a_tracker_that_hangs_is_said_once(monkeypatch, capsys, rows):
     tracker.close()
     assert time.monotonic() - began < 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Mine fails (it ")
+    assert line.startswith("Mine failed (it ")
     release.set()
 
 
@@ -95,7 +95,7 @@ def test_a_tracker_that_cannot_be_opened_is_said(capsys, tmp_path):
     tracker = BackgroundTracker("TensorBoard", lambda: TensorBoard(tmp_path / "tensorboard", 0))
     tracker.write(1, {"loss": 1.0})
     tracker.close()
-    assert "TensorBoard fails ([Errno 17]" in capsys.readouterr().err
+    assert "TensorBoard failed ([Errno 17]" in capsys.readouterr().err
 
 
 def read_events(folder):

@@ -92,14 +92,14 @@ MANY = {f"block_{i}/bias": (1,) for i in range(8)}
 @pytest.mark.parametrize(
     ("params", "source", "values", "words"),
     [
-        (MODEL, SOURCE, {"leave": "mlm"}, "1 of this model are not there .*: head/kernel"),
-        (MODEL, SOURCE, {"fresh": "head"}, r"1 there have no place here .*: mlm/bias"),
+        (MODEL, SOURCE, {"leave": "mlm"}, "1 of this model are missing there .*: head/kernel"),
+        (MODEL, SOURCE, {"fresh": "head"}, r"1 there do not exist here .*: mlm/bias"),
         (SOURCE, {**SOURCE, **MANY}, {}, "8 there .*: block_0/bias, .*block_4/bias, …;"),
         (
             SOURCE | {"tokens/embedding": (8, 4)},
             SOURCE,
             {},
-            r"1 have another shape .*: tokens/embedding \(8, 4\) from \(9, 4\)",
+            r"1 have a different shape .*: tokens/embedding \(8, 4\) from \(9, 4\)",
         ),
         (MODEL, SOURCE, {"fresh": "head,hed"}, "--config.init.fresh: 'hed' matches no parameter"),
         (MODEL, SOURCE, {"leave": "nlm"}, "--config.init.leave: 'nlm' matches no parameter"),

@@ -22,7 +22,7 @@ def test_silence_ends_the_process_and_says_since_when(tmp_path, capsys):
         beat("step 12")
         time.sleep(1.0)
     assert ends == [1]
-    assert "nothing happened for 0.2 s since step 12" in capsys.readouterr().err
+    assert "no progress for 0.2 s since step 12" in capsys.readouterr().err
     incident = json.loads((tmp_path / "incidents.jsonl").read_text())
     assert "since step 12" in incident["incident"]
     assert incident["process"].endswith(f", {os.getpid()}")

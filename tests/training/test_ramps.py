@@ -96,12 +96,15 @@ def test_cost_counts_the_tokens_of_the_ramps(ramped_config):
         ({"data.batch_ramp": "1: 2; 6: 8"}, "steps must ascend from 0, but 1 does not"),
         ({"data.batch_ramp": "0: 2; 6: 4; 6: 8"}, "steps must ascend from 0, but 6 does not"),
         ({"data.batch_ramp": "0: 2; 6: 4"}, "the last size must be --config.data.batch_size=8"),
-        ({"data.batch_ramp": "0: 9; 6: 8"}, "9 is not 1 to --config.data.batch_size=8"),
+        ({"data.batch_ramp": "0: 9; 6: 8"}, "9 is not between 1 and --config.data.batch_size=8"),
         ({"data.length_ramp": ";"}, "the last size must be --config.data.sequence_length=16"),
         ({"train.steps_per_dispatch": 4}, "step 2 is not a multiple of --config.train.steps_"),
         ({"train.microbatches": 4}, "2 rows are not divisible by --config.train.microbatches=4"),
-        ({"objective.name": "prefix"}, "length_ramp is not for --config.objective.name=prefix"),
-        ({"data.order": "contiguous"}, "is not for --config.data.order=contiguous"),
+        (
+            {"objective.name": "prefix"},
+            "length_ramp is not supported with --config.objective.name=prefix",
+        ),
+        ({"data.order": "contiguous"}, "is not supported with --config.data.order=contiguous"),
     ],
 )
 def test_what_is_refused(changes, words):

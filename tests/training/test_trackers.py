@@ -99,7 +99,7 @@ READ = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
 def test_a_package_that_is_missing_is_one_line(name, tmp_path, monkeypatch, capsys):
     for module in (name, "mlflow.entities"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert f"{name} fails (it needs the package `{name}" in lines_of(name, tmp_path, capsys)
+    assert f"{name} failed (it needs the package `{name}" in lines_of(name, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
@@ -109,7 +109,7 @@ def test_a_tracker_that_raises_is_one_line(name, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tracker_packages, "_package", raises)
     lines = lines_of(name, tmp_path, capsys)
-    assert lines == f"{name} fails (no network): training continues without it\n"
+    assert lines == f"{name} failed (no network): training continues without it\n"
 
 
 def lines_of(name, workdir, capsys):

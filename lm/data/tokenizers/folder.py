@@ -565,7 +565,7 @@ def _byte_level(vocabulary: bytes, merges: bytes, kind: str, settings: Mapping[s
         pairs = read_merges(merges)
     except UserError as error:
         raise UserError(f"{_MERGES}: {error}") from error
-    with package_errors(f"{_VOCABULARY} and {_MERGES} do not go together"):
+    with package_errors(f"{_VOCABULARY} and {_MERGES} do not match"):
         made = package.Tokenizer(package.models.BPE(ids, pairs))
     space = bool(_setting(settings, "add_prefix_space", False))
     if kind == "Qwen2":

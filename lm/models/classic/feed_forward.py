@@ -1,4 +1,4 @@
-"""Models of word windows: the neural probabilistic language model, and skip-gram vectors.
+"""Word-window models: the neural probabilistic language model, and skip-gram.
 
 Shape letters: B batch, L length or centres, S contexts, W words of context, D embedding, H hidden
 units, V vocabulary.
@@ -60,7 +60,7 @@ class Nplm(nn.Module):
         n_inputs = c.context * c.d_model
         tokens = Role(Kind.EMBEDDING, c.stream, "input")
         hidden = Role(Kind.MATRIX, c.stream, "body")
-        # It is most of the model, so its parameters are counted with the layers.
+        # It has most of the model's parameters, so they are counted with the layers.
         scores = Role(Kind.HEAD, "predicted", "body")
         V, n_hidden = (c.vocab_size,), (c.d_hidden,)
         self.tokens = Embedding(c.vocab_size, c.d_model, "vocab", tokens, c.table_init, c.dtype)

@@ -43,7 +43,7 @@ class RecurrentConfig(InitConfig):
 
 @flax.struct.dataclass
 class LstmCache:
-    """State of all layers after the tokens so far, and its segment.
+    """State of all layers after the tokens so far, and the segment of the last token.
 
     The batch is the first axis of every array.
     """
@@ -131,7 +131,7 @@ class LstmStack(nn.Module):
             x_BLD: inputs.
             segments_BL: segments; the state is reset at the start of each segment.
             before: state before the first token; default 0.
-            entering: for each layer the state [B, L, H] that a segment starts from; default 0.
+            entering: for each layer, initial states [B, L, H] of segments; default 0.
         """
         c, all_starts = self.config, None
         if segments_BL is not None:

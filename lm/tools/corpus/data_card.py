@@ -107,7 +107,7 @@ def require_documents(read: Figures, sources: Any) -> None:
     found = read["values"].get(SOURCE_NAME, {})  # {} if nothing was read
     for name in sources:
         if not found.get(name):
-            raise UserError(f"config.sources.{name} holds no text")
+            raise UserError(f"config.sources.{name} contains no text")
 
 
 def _sha256(folder: Any, name: str) -> str:

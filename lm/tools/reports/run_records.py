@@ -265,7 +265,7 @@ def _read_config(file: Path, damage: list[str]) -> dict[str, Any]:
     """Read the configuration by dotted path, without values of a wrong type."""
     values = read_json(file).get("config")
     if not isinstance(values, dict):
-        raise UserError(f"{file}: damaged (it holds no configuration)")
+        raise UserError(f"{file}: damaged (it contains no configuration)")
     try:
         config = dict(configs.flatten(values))
     except RecursionError:

@@ -84,7 +84,7 @@ def test_canaries_follow_from_the_format_alone():
     [
         ({"canary_format": "no digit"}, "0 digits"),
         ({"canary_format": "#"}, "enough for twice"),
-        ({"canary_format": "#" * 16}, "between 1 and 15"),
+        ({"canary_format": "#" * 16}, "use 1 to 15"),
         ({"canary_format": "a\n##"}, "one line"),
         ({"canary_repeats": ()}, "numbers from 1"),
         ({"canary_repeats": (0.0, 1.0)}, "numbers from 1"),

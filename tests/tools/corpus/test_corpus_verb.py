@@ -305,7 +305,7 @@ def test_wrong_inputs_are_one_line(corpus, tmp_path, capsys):
     source = tmp_path / "in" / "1.jsonl"
     source.write_text("\n")
     assert corpus("empty")[0] == 2
-    assert "config.sources.web holds no text" in capsys.readouterr().err
+    assert "config.sources.web contains no text" in capsys.readouterr().err
     source.write_text('{"text": "one"}\n{"words": "two"}\n')
     assert corpus("bad")[0] == 2
     assert "1.jsonl:2: no text in field 'text' (available: words)" in capsys.readouterr().err

@@ -161,4 +161,4 @@ def test_a_process_killed_and_one_that_freezes_change_no_loss(sums, tmp_path):
     incidents = (shaken / "incidents.jsonl").read_text().splitlines()
     assert len(incidents) == 2
     assert "was killed by SIGKILL" in incidents[0]
-    assert "exited with 1 (error: process 0 of the run does not answer" in incidents[1]
+    assert "exited with 1 (error: process 0 of the run does not respond" in incidents[1]
