@@ -45,9 +45,8 @@ def parameter_table(experiment: Experiment) -> list[dict[str, Any]]:
     """List every parameter with its sharding on the experiment's mesh.
 
     Returns:
-        For each parameter: "name", "shape", "axes" (logical names), "role", "spec" (per axis the
-            mesh
-        axes that shard it, or None) and "bytes" per device.
+        For each parameter: "name", "shape", "axes" (logical names), "role", "spec" (mesh axes that
+        shard each axis, or None) and "bytes" per device.
     """
     shapes, infos = flat(experiment.param_shapes), experiment.param_infos
     shardings = flat(experiment.state_sharding.params)

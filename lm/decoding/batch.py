@@ -40,7 +40,9 @@ from lm.models.variables import Params, as_variables
 from lm.parallel.mesh import BATCH_AXES
 
 Progress = Callable[[int], Any]
-_BATCHES_SORTED = 16  # sorted by length together: more save padding, fewer are lost in a crash
+_BATCHES_SORTED = (
+    16  # inputs sorted by length together: more reduce padding, but a crash loses more work
+)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def beam_search(
     def body(carry: tuple[_State, DecodingCache]) -> tuple[_State, DecodingCache]:
         state, cache = carry
         last_R1 = jnp.take(state.running.tokens_BKT, state.step - 1, axis=2).reshape(-1, 1)
-        # If all hypotheses have ended, the next position may be beyond the model's context.
+        # Once all hypotheses have ended, the next position may exceed the model's context.
         position_B = positions_B + jnp.minimum(state.step, limits_B) - 1
         position_R1 = jnp.repeat(position_B, K)[:, None]
         if K > 1:

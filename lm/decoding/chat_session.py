@@ -68,7 +68,7 @@ class ChatSession:
         """
         starts = self._starts()
         if not starts:
-            raise UserError("nothing to answer yet")
+            raise UserError("there is no question to answer yet")
         del self.messages[starts[-1] + 1 :]
         self.n_forgotten = self._first_turn()
         return self._answer()

@@ -1,4 +1,4 @@
-"""Conversations as decoding inputs: their token ids, and what ends an answer."""
+"""Conversations as decoding inputs: token ids and stop conditions."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def chat_template(experiment: Experiment) -> ChatTemplate:
     assert experiment.tokenizer is not None
     template = ChatTemplate.of(experiment.tokenizer)
     if not template.has_role_tokens:
-        print_on_primary_host("note: the run has no tokens that mark turns; a text can forge them")
+        print_on_primary_host(
+            "note: the chat template marks turns by words, which a message can imitate"
+        )
     return template
 
 

@@ -22,7 +22,7 @@ from lm.decoding.text_limits import TextLimits, text_limits
 from lm.errors import UserError
 
 UNSET = -1  # unwritten entry in a buffer of new tokens
-START = -2  # in a banned sequence: the place before the first new token
+START = -2  # in a banned sequence: the position before the first new token
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def continue_file(
     n_done = int(multihost_utils.broadcast_one_to_all(np.int32(n_done)))
     lines = lines_from(n_done)
     if not is_primary_host():
-        for _ in lines:  # the other processes only compute
+        for _ in lines:  # only the primary process writes; the others compute
             pass
         return
     with output.open("a", encoding="utf-8", newline="\n") as stream:
@@ -264,9 +264,9 @@ def _check_same(
     except (UserError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{about_file} is damaged: {elsewhere}") from error
     if changed:
-        raise UserError(f"{output} was made by another command ({changed}): {elsewhere}")
+        raise UserError(f"{output} was made with different settings ({changed}): {elsewhere}")
     if not same_inputs:
-        raise UserError(f"{output} was made from other inputs: {elsewhere}")
+        raise UserError(f"{output} was made from different inputs: {elsewhere}")
 
 
 def _about(inputs: Sequence[str]) -> dict[str, Any]:

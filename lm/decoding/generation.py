@@ -90,7 +90,7 @@ def generate_texts(
             options = replace(BeamOptions.from_config(config, tokenizer), controls=controls)
             found = search_batches(experiment, params, tokenizer, ids, options, start, progress)
         else:
-            # Several processes would have to agree on the order of requests in an engine.
+            # With several processes, the engines would have to agree on the order of requests.
             by_engine = is_pageable(experiment) and jax.process_count() == 1
             sample_all = sample_by_engine if by_engine else sample_batches
             found = sample_all(experiment, params, ids, sampling, seed, controls, start, progress)
@@ -145,7 +145,7 @@ def stream_continuations(
         stop: texts at which a continuation is cut off.
         template: chat template for conversations; None: the prompts are texts.
     """
-    if open_guard(experiment.config.decode):  # it judges complete texts only
+    if open_guard(experiment.config.decode):  # the guard judges complete texts only
         options: Any = {"stop": stop, "template": template}
         found = generate_texts(experiment, params, tokenizer, prompts, sampling, seed, **options)
         yield [generations[0].text for generations in found]

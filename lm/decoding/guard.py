@@ -1,6 +1,7 @@
 """Guard: a classifier that withholds generated texts before they are shown, and counts them.
 
-It judges complete outputs, so nothing is shown before the end, and withheld text is never kept.
+It judges complete outputs, so nothing is shown before an output is complete; withheld text is
+discarded.
 """
 
 from __future__ import annotations

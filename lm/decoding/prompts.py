@@ -42,7 +42,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def generates_text(experiment: Experiment) -> bool:
-    """Return whether the model decodes: not if it is an encoder, or has a head for classes."""
+    """Return whether the model generates text: false for encoders and classifiers."""
     parts = {info.role.part for info in experiment.param_infos.values()}
     return hasattr(experiment.model, "decode") and "task" not in parts
 
@@ -90,7 +90,7 @@ def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:
     wrong = next((int(i) for ids in inputs for i in ids if not 0 <= i < rows), None)
     if wrong is not None:
         raise UserError(
-            f"the token id {wrong} is beyond the model's {rows} embeddings: this tokenizer "
+            f"the token id {wrong} exceeds the model's {rows} embeddings: this tokenizer "
             "does not belong to this model"
         )
 

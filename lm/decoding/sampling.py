@@ -84,7 +84,7 @@ def in_nucleus(logits_BV: jax.Array, p: float | jax.Array) -> jax.Array:
     bits_BV = jax.lax.bitcast_convert_type(probabilities_BV, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low_B1, high_B1 = bounds  # the threshold is above `low` and at most `high`
+        low_B1, high_B1 = bounds  # invariant: low < threshold ≤ high
         middle_B1 = low_B1 + (high_B1 - low_B1) // 2
         likelier_BV = jnp.where(bits_BV > middle_B1, probabilities_BV, 0)
         is_in = likelier_BV.sum(-1, keepdims=True) < jnp.maximum(
@@ -188,7 +188,7 @@ def sample_steps(
     rows = Rows(jax.random.key(seed), *of_rows)
     inputs: Any = (tokens_BL, positions_BL, segments_BL, segments_BL if has_prefix else None)
     room = cache_length(L, L + T)
-    # Every dispatch returns the same number of columns; the last ones may be beyond T.
+    # Every dispatch returns the same number of columns; the last ones may exceed T.
     written_BT = jnp.full((B, T + per_dispatch), UNSET, jnp.int32)
     state = _start(model, sampling, controls, room, params, rows, inputs, written_BT)
     new_BC, n_new, n, i = state.written_BT[:, :1], 1, 1, 0
@@ -269,13 +269,13 @@ def _continue(
         The state, and the next `n_columns` columns of tokens; those after `stop` are unset.
     """
 
-    def goes_on(state: State) -> jax.Array:
+    def is_unfinished(state: State) -> jax.Array:
         return (state.n < stop) & state.alive_B.any()
 
     def step(state: State) -> State:
         return next_token(model, sampling, controls, params, rows, state)
 
-    after = jax.lax.while_loop(goes_on, step, state)
+    after = jax.lax.while_loop(is_unfinished, step, state)
     return after, jax.lax.dynamic_slice_in_dim(after.written_BT, state.n, n_columns, axis=1)
 
 

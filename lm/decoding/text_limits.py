@@ -32,9 +32,9 @@ from lm.storage import parse_json
 
 KEYS = ("allowed", "banned_pattern", "grammar")  # in section `decode`
 _MOST_STATES = 2048  # maximum cached matchers, keyed by generated ids
-_LEAST = np.float32(-1e30)  # score of the end token in a row that nothing else may follow
+_LEAST = np.float32(-1e30)  # score of the end token where no other token is allowed
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # unlimited white space could go on forever
+_JSON: Any = {"whitespace_pattern": r"[ \n]?"}  # unlimited white space might never end
 _ANYTHING = "(?s:.*)"
 
 
@@ -159,7 +159,7 @@ def with_grammar(
         UserError: the grammar is invalid, or llguidance is not installed.
     """
     if not end_ids:
-        raise UserError("a grammar: the run's tokenizer has no end token")
+        raise UserError("a grammar needs an end token, which the run's tokenizer lacks")
     _require_llguidance()
     found = _checked({"the grammar": _grammar_of(kind, source)}, tokenizer, end_ids)
     both = (*(limits.grammars if limits else ()), *found.grammars)
@@ -170,7 +170,7 @@ def _require_llguidance() -> None:
     try:
         import llguidance  # noqa: F401
     except ImportError as error:
-        raise missing_package("a limit of decoding", "llguidance", "grammar") from error
+        raise missing_package("a decoding constraint", "llguidance", "grammar") from error
 
 
 def _checked(

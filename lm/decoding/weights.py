@@ -55,7 +55,7 @@ def prepare(experiment: Experiment, params: Params) -> tuple[Experiment, Params]
     def store(path: str, x: jax.Array) -> Any:
         info = experiment.param_infos.get(path)
         if info is None or info.role.kind not in QUANTIZED or isinstance(x, QuantizedKernel):
-            return x  # the model does not round it either
+            return x  # the model keeps it in float32 too
         if weights in BITS:
             kernel = QuantizedKernel.quantize(x, info, dtype, BITS[weights])
             return _sharded_alike(kernel, info, experiment.mesh)
@@ -106,7 +106,7 @@ def weight_bytes(experiment: Experiment, params: Params) -> tuple[int, int]:
 
 
 def _sharded_alike(kernel: QuantizedKernel, info: ParamInfo, mesh: Mesh) -> QuantizedKernel:
-    """Shard values and scales like the kernel that they replace, if its axes still divide."""
+    """Shard values and scales like the kernel that they replace, where the mesh divides them."""
     names = info.axes[-len(kernel.shape) :]
     first, end = summed_axes(len(names), info)
 

@@ -1,4 +1,4 @@
-"""Additional evaluations during training: safety sets and lm-eval tasks."""
+"""Further evaluations during training: safety sets and lm-eval tasks."""
 
 from __future__ import annotations
 

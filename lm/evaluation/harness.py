@@ -51,7 +51,7 @@ try:
 except ImportError as error:
     raise missing_package("lm eval --harness", "lm-eval", "harness") from error
 
-_WINDOW = 1024  # requests sorted by length together; more would be lost in a crash
+_WINDOW = 1024  # requests sorted by length together; a crash loses up to this many
 _TASK_FILES = (".yaml", ".yml")
 _NEW_TOKENS = 256  # default for tasks without a limit, as in lm-eval's own models
 
@@ -179,7 +179,9 @@ class HarnessModel(LM):
 
     @cache  # noqa: B019  once per model
     def _drops_system(self) -> None:
-        logging.warning("the chat template takes no system message: prompts are without it")
+        logging.warning(
+            "the chat template does not support system messages: prompts are built without them"
+        )
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -284,7 +286,7 @@ class HarnessModel(LM):
             room = self.max_length - n_new
             if room <= 0:
                 raise UserError(
-                    f"the task writes {n_new} tokens, and the context holds {self.max_length}"
+                    f"the task generates {n_new} tokens, but the context holds {self.max_length}"
                 )
             ids = [prompt[-room:] for prompt in ids]
             temperature = float(chosen.get("temperature", 0.0))
@@ -379,7 +381,7 @@ def evaluate_tasks(
         tasks: names of tasks or groups, or paths of YAML task files.
         folder: output folder of results.json, samples_TASK.jsonl and answers.jsonl.
         weights: identity of the parameters; cached answers are used only if it matches.
-        shots: few-shot examples per prompt; None: as the task says.
+        shots: few-shot examples per prompt; None: the task's own number.
         limit: number of documents per task; None: all.
         include_path: folder with additional task files, which may contain code to execute.
         resamples: bootstrap samples for standard errors; 0: none.
@@ -420,7 +422,7 @@ def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
         if task in known or Path(task).is_file():
             continue
         near = difflib.get_close_matches(task, known, 3)
-        hint = f"; near it: {', '.join(near)}" if near else ""
+        hint = f"; similar names: {', '.join(near)}" if near else ""
         raise UserError(f"lm-eval has no task {task!r}{hint}; --include_path adds a folder")
 
 

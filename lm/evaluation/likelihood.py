@@ -171,8 +171,8 @@ def _rows_of(
         check(number, request, context)
         if not len(request.prompt):
             raise UserError(
-                f"text {number + 1}: its first token follows nothing, and the tokenizer has no "
-                "token to start with: give a prompt"
+                f"text {number + 1}: its first token has no context, and the tokenizer has no "
+                "start token: give a prompt"
             )
         ids = np.concatenate([request.prompt, request.continuation]).astype(np.int32)
         ids = ids[-(context + 1) :]

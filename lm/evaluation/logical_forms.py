@@ -1,7 +1,7 @@
 """Exact match of logical forms: lambda calculus in prefix notation (Zettlemoyer and Collins 2005).
 
-Two forms match if they differ only by what has no meaning: names of bound variables, and order and
-repetition of the arguments of `and` and `or`. The published evaluations do so too: Dong and Lapata
+Two forms match if they differ only in names of bound variables, or in order and repetition of the
+arguments of `and` and `or`. The published evaluations do so too: Dong and Lapata
 (2016; github.com/donglixp/lang2logic, utils/accuracy.lua, compute_tree_accuracy) sort the arguments
 of `and` and `or`; Dong and Lapata (2018; github.com/donglixp/coarse2fine, logical/tree.py,
 is_tree_eq) also rename variables, and sort those of =, next_to:t and five binders, which here keep
@@ -21,7 +21,7 @@ BINDERS = frozenset(("lambda", "exists", "argmax", "argmin", "max", "min", "coun
 UNORDERED = frozenset(("and", "or"))
 BOUND = "$"  # where a binder without names binds its variable
 
-Form = Any  # a word, or a tuple of forms
+Form = Any  # form: a word, or a tuple of forms
 
 
 def logical_form_match(predictions: Sequence[str], references: Sequence) -> dict[str, float]:
@@ -36,7 +36,9 @@ def logical_form_match(predictions: Sequence[str], references: Sequence) -> dict
             accepted = [canonical_form(parse_form(text)) for text in alternatives(reference)]
         except ValueError as error:
             raise UserError(f"the reference of example {number}: {error}") from error
-        with suppress(ValueError, RecursionError):  # no form, or one too deep: wrong
+        with suppress(
+            ValueError, RecursionError
+        ):  # not a valid form, or nested too deeply: counts as wrong
             right += canonical_form(parse_form(prediction)) in accepted
     return {"logical_form_match": 100 * right / len(predictions)}
 
@@ -57,9 +59,9 @@ def parse_form(text: str) -> Form:
             form = tuple(open_forms.pop())
             open_forms[-1].append(form)
         else:
-            raise ValueError(f"a bracket too many is closed in {text!r}")
+            raise ValueError(f"unmatched closing bracket in {text!r}")
     if len(open_forms) > 1:
-        raise ValueError(f"brackets are not closed in {text!r}")
+        raise ValueError(f"unclosed bracket in {text!r}")
     (forms,) = open_forms
     return forms[0] if len(forms) == 1 else tuple(forms)
 

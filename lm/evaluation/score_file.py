@@ -23,7 +23,7 @@ from lm.models.variables import Params
 from lm.parallel.mesh import is_primary_host
 from lm.progress import progress_bar
 
-_WINDOW = 256  # lines sorted by length together; more would be lost in a crash
+_WINDOW = 256  # lines sorted by length together; a crash loses up to this many
 
 
 @dataclass(frozen=True)

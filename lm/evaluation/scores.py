@@ -90,7 +90,7 @@ def single(references: Sequence) -> Sequence:
     """Return the references of a metric without alternatives; UserError if one is a list."""
     for number, reference in enumerate(references, start=1):
         if isinstance(reference, list | tuple):
-            raise UserError(f"example {number} has several references, this metric takes one")
+            raise UserError(f"example {number} has several references, but this metric takes one")
     return references
 
 
@@ -118,7 +118,7 @@ def f1(predictions: Sequence, references: Sequence) -> dict[str, float]:
     labels = sorted(set(single(references)))
     if len(labels) != 2:
         advice = "" if len(labels) == 1 else ": use macro_f1"
-        raise UserError(f"f1 is for two labels, the references hold {len(labels)}{advice}")
+        raise UserError(f"f1 needs two labels, but the references have {len(labels)}{advice}")
     return {"f1": _f1_of_labels(predictions, references, labels[1:])}
 
 
@@ -156,7 +156,7 @@ def _correlation(
     try:
         x, y = (np.asarray(side, np.float64) for side in (predictions, single(references)))
     except ValueError as error:
-        raise UserError(f"a correlation is of numbers: {error}") from error
+        raise UserError(f"a correlation needs numbers: {error}") from error
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     return float(function(x, y).statistic)
@@ -181,7 +181,7 @@ def bleu(
         metric = metrics.BLEU(tokenize=bleu_tokenizer, force=bleu_tokenizer == "none")
     except RuntimeError:  # MeCab or its dictionary is missing
         package = _MECAB[bleu_tokenizer]
-        raise missing_package("this tokenizer of BLEU", package, "mecab") from None
+        raise missing_package("this BLEU tokenizer", package, "mecab") from None
     scores = _sacrebleu("bleu", metric, predictions, references)
     return scores | ({"bleu_tokenizer": why} if why else {})
 
@@ -207,7 +207,7 @@ def tokenizer_of_script(references: Sequence) -> tuple[str, str]:
     chosen = _TOKENIZERS[language]
     why = f"{language}: {min(counts[language] / n_letters, 1):.0%} of the letters of the references"
     if chosen in _MECAB and not _has_mecab(chosen):
-        why += f"; characters, as {chosen} is not installed (extra mecab)"
+        why += f"; characters, because {chosen} is not installed (extra mecab)"
         chosen = "char"
     return chosen, f"{chosen} ({why}; --config.eval.bleu_tokenizer)"
 

@@ -43,9 +43,8 @@ def evaluate_task(
         progress: show progress on stderr.
 
     Returns:
-        Scores by `eval.metrics` or the objective's default metrics, and "n"; an undefined score
-            (such
-        as a correlation with a constant) is None. And every record with its "prediction".
+        Scores by `eval.metrics` or the objective's default metrics, and "n"; an undefined score,
+        such as a correlation with a constant, is None. And each record with its "prediction".
     """
     objective = experiment.objective
     for store in stores:
@@ -67,7 +66,7 @@ def check_task(experiment: Experiment) -> None:
     """Raise UserError if the objective has no task."""
     if not experiment.objective.task:
         name = experiment.config.objective.name
-        raise UserError(f"--config.objective.name={name} has no task: lm eval without --task")
+        raise UserError(f"--config.objective.name={name} has no task: run lm eval without --task")
 
 
 def require_writable(folder: Path) -> None:

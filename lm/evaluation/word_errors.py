@@ -1,7 +1,7 @@
-"""Word and character error rates of transcripts, by jiwer: edits over the length of all references.
+"""Word and character error rates of transcripts (jiwer): edits / total length of the references.
 
-Before, both sides are normalized: NFKC, lower case, and a space for every character that is neither
-letter, mark, number nor apostrophe. Apostrophes stay ("don't" is one word), in their plain form.
+Both sides are normalized first: NFKC, lower case, and a space for every character that is not a
+letter, mark, number or apostrophe. Apostrophes stay ("don't" is one word), in their plain form.
 Numbers are not spelled out, unlike in Whisper's English normalizer.
 """
 

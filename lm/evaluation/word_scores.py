@@ -66,9 +66,8 @@ def score_word_vectors(
         questions: file of analogies, or None.
 
     Returns:
-        Scores under "FILE/spearman", "analogies/SECTION/accuracy" and so on; sections without a
-            known
-        question are omitted.
+        Scores under "FILE/spearman", "analogies/SECTION/accuracy" and so on; sections without
+        known questions are omitted.
 
     Raises:
         UserError: too few words of a file are known.

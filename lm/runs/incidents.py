@@ -41,7 +41,7 @@ def thread_stacks() -> str:
 def report_stall(workdir: AnyPath, what: str) -> None:
     """Print the error of a hanging run, and record the stacks of all threads as an incident."""
     message = (
-        f"{what}: a peer or a device does not answer (--config.train.stall_seconds); saved "
+        f"{what}: a peer or a device does not respond (--config.train.stall_seconds); saved "
         "checkpoints are intact, the same command continues"
     )
     stacks = thread_stacks()

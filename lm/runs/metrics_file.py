@@ -25,7 +25,7 @@ def record_figures(place: str, step: int, figures: Mapping[str, float]) -> None:
         with run_lock(resolve_path(place)):
             add_figures(open_run_folder(place) / "metrics.jsonl", step, figures)
     except UserError as error:
-        print(f"note: metrics.jsonl is not changed: {error}", file=sys.stderr)
+        print(f"note: metrics.jsonl was not changed: {error}", file=sys.stderr)
 
 
 def add_figures(file: Path, step: int, figures: Mapping[str, float]) -> None:

@@ -315,7 +315,7 @@ def _open(folder: AnyPath) -> SavedCheckpoint:
     adapters = {path: leaf for path, leaf in leaves.items() if kernel_of(path)}
     frozen = {path: leaf for path, leaf in leaves.items() if is_frozen(path)}
     shapes = {path: x for path, x in leaves.items() if path not in adapters and path not in frozen}
-    if adapters:  # they are added to the reference
+    if adapters:  # adapters that are added to the reference
         frozen |= {reference_path(path): leaf for path, leaf in shapes.items()}
     return SavedCheckpoint(folder, metadata, shapes, adapters, frozen)
 

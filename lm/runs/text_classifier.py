@@ -168,5 +168,5 @@ def load_classifier(workdir: str, digest: str, batch_size: int = 32) -> TextClas
     folder = open_run_folder(workdir)
     experiment, params, _ = restore_run(folder, overrides, ignore_line, any_batch=True)
     if weights_digest(workdir) != digest:
-        raise UserError(f"{workdir} has been trained further since it was first read: use a copy")
+        raise UserError(f"{workdir} has been trained further since it was loaded: use a copy")
     return TextClassifier(experiment, params, load_tokenizer(folder))

@@ -221,7 +221,7 @@ def set_lost_run_aside(workdir: Path) -> None:
         except OSError as error:
             raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from None
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("set the run aside")
+        multihost_utils.sync_global_devices("moved the run aside")
 
 
 def _require_same_run(

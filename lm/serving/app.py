@@ -133,7 +133,7 @@ def make_app(server: Server, further: list[Route] | None = None) -> ASGIApp:
 
     def healthz(request: Request) -> Response:
         if server.has_lost_engine:
-            return PlainTextResponse("an engine has failed, and cannot start again\n", 503)
+            return PlainTextResponse("an engine has failed and cannot be restarted\n", 503)
         return PlainTextResponse("ok\n")
 
     def readyz(request: Request) -> Response:
@@ -296,7 +296,7 @@ class _Around:
             # Not left to Starlette, which would format these errors differently.
             await self._posts.get(path, self._app)(scope, receive, sending)
         except ClientDisconnect:
-            status, problem = _CLOSED, "the client has gone"
+            status, problem = _CLOSED, "the client disconnected"
         except Exception as error:
             problem = await self._tell(error, status, scope, receive, sending)
         finally:
@@ -316,7 +316,7 @@ class _Around:
         if path in POSTS and scope["method"] != "POST":
             raise ApiError(405, f"{path} takes POST")
         if server.draining and path in POSTS:
-            raise ApiError(503, "the server ends; ask another one", code="draining")
+            raise ApiError(503, "the server is shutting down; use another one", code="draining")
 
     async def _tell(
         self, error: Exception, status: int, scope: Scope, receive: Receive, send: Send
@@ -326,7 +326,7 @@ class _Around:
             error = ApiError(503, str(error), code="engine_lost")
         if not isinstance(error, ApiError):
             log_line(error="".join(traceback.format_exception(error)))
-            error = ApiError(500, "the server has failed at this request; its log says why")
+            error = ApiError(500, "internal server error; see the server's log")
         with suppress(Exception):
             async with asyncio.timeout(1):
                 if not status:

@@ -110,7 +110,7 @@ async def complete(exchange: Exchange, body: Body, limits: RequestLimits) -> Ans
     body.finish(UNSUPPORTED)
     prompts = read_prompts(given)
     if is_echo and model.has_source:
-        raise wrong("echo", "a source is no part of the reply")
+        raise wrong("echo", "echo is not supported for encoder–decoders")
     if not asked.request.max_new_tokens and not is_echo:
         raise wrong("max_tokens", "it must be above 0, unless echo is true")
     if model.has_source and not body.has("temperature"):
@@ -167,7 +167,7 @@ def _generator(exchange: Exchange) -> ServedModel:
     model = exchange.model
     assert model is not None
     if model.engine is None:
-        raise ApiError(400, f"the model {exchange.name} writes no text", "model")
+        raise ApiError(400, f"the model {exchange.name} does not generate text", "model")
     return model
 
 
@@ -178,7 +178,7 @@ async def _with_grammar(model: ServedModel, asked: Asked) -> Asked:
     try:
         found = await asyncio.wait_for(asyncio.wrap_future(compiled), _GRAMMAR_SECONDS)
     except TimeoutError:
-        problem = f"the grammar is not compiled after {_GRAMMAR_SECONDS:g} s"
+        problem = f"compiling the grammar took more than {_GRAMMAR_SECONDS:g} s"
         raise wrong("response_format", problem) from None
     return replace(asked, request=replace(asked.request, limits=found))
 

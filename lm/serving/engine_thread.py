@@ -220,7 +220,7 @@ class EngineThread:
 
     def _fail(self, error: Exception, *tickets: Ticket) -> None:
         """Replace the failed engine, and notify all requests, including `tickets`."""
-        self._log(f"{self._name}: the engine has failed and is restarted: {error!r}")
+        self._log(f"{self._name}: the engine failed and is being restarted: {error!r}")
         self._log("".join(traceback.format_exception(error)))
         traceback.clear_frames(error.__traceback__)  # they hold references to the engine
         tickets = (*tickets, *(ticket for ticket, _ in self._routes.values()))
@@ -233,7 +233,7 @@ class EngineThread:
             self._engine = self._make(self._params)
             self.is_lost = False  # a newer checkpoint may fix it
         except Exception as problem:
-            self._log(f"{self._name}: the engine cannot start again: {problem!r}")
+            self._log(f"{self._name}: the engine cannot be restarted: {problem!r}")
             self._engine = _LostEngine(self.context, EngineStatistics(*(0, 0, s.n_rows), *[0] * 5))
             self.is_lost = True
         self.statistics = self._counted(self._engine.statistics())

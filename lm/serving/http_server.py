@@ -137,7 +137,7 @@ async def _serve(
 async def _drain(server: Server, process: _Uvicorn, seconds: float) -> None:
     """Refuse new requests, wait for running ones, and let the process exit."""
     server.draining = True
-    log_note(f"the server ends; requests that run: {server.n_active}")
+    log_note(f"shutting down; requests in progress: {server.n_active}")
     until = time.monotonic() + seconds
     while server.n_active and time.monotonic() < until:
         await asyncio.sleep(0.02)
@@ -194,7 +194,7 @@ def _lasting_stderr() -> Iterator[None]:
 def _socket(host: str, port: int) -> Iterator[socket.socket]:
     """Open a listening socket; UserError if the address is not available."""
     if port > 65535:
-        raise UserError(f"--port {port}: the largest is 65535")
+        raise UserError(f"--port {port}: the largest port is 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]

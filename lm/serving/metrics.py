@@ -25,9 +25,9 @@ class Metrics:
         self._requests = Counter(
             "requests", "Requests by path and HTTP status.", ["path", "status"], **names
         )
-        self._active = Gauge("active_requests", "Requests that are answered now.", **names)
+        self._active = Gauge("active_requests", "Requests in progress.", **names)
         times = names | {"buckets": _SECONDS, "labelnames": ["model"]}
-        self._seconds = Histogram("request_seconds", "Time of a whole request.", **times)
+        self._seconds = Histogram("request_seconds", "Duration of a request.", **times)
         self._first = Histogram("first_token_seconds", "Time to the first token.", **times)
         self._between = Histogram("between_tokens_seconds", "Mean time between tokens.", **times)
         self.registry.register(_Engines(queues))
@@ -91,21 +91,31 @@ class _Engines(Collector):
     def collect(self) -> Iterator[Any]:
         engines = [(model.name, model.engine) for model in self._queues if model.engine]
         read: list[tuple[type, str, str, Callable[[Any], float]]] = [
-            (GaugeMetricFamily, "running", "Replies that are written now.", _of("n_running")),
-            (GaugeMetricFamily, "rows", "Replies that can be written at once.", _of("n_rows")),
-            (GaugeMetricFamily, "cache_pages", "Pages of the cache.", _of("n_pages")),
-            (GaugeMetricFamily, "cache_pages_used", "Pages in use.", _of("n_pages_used")),
-            (CounterMetricFamily, "prompt_tokens", "Tokens of prompts.", _of("n_prompt_tokens")),
-            (CounterMetricFamily, "reused_tokens", "Those in the cache.", _of("n_reused_tokens")),
-            (CounterMetricFamily, "new_tokens", "Tokens of replies.", _of("n_new_tokens")),
+            (GaugeMetricFamily, "running", "Replies being generated.", _of("n_running")),
+            (GaugeMetricFamily, "rows", "Maximum concurrent replies.", _of("n_rows")),
+            (GaugeMetricFamily, "cache_pages", "Pages of the KV cache.", _of("n_pages")),
+            (
+                GaugeMetricFamily,
+                "cache_pages_used",
+                "Pages held by running requests.",
+                _of("n_pages_used"),
+            ),
+            (CounterMetricFamily, "prompt_tokens", "Prompt tokens.", _of("n_prompt_tokens")),
+            (
+                CounterMetricFamily,
+                "reused_tokens",
+                "Prompt tokens found in the cache.",
+                _of("n_reused_tokens"),
+            ),
+            (CounterMetricFamily, "new_tokens", "Generated tokens.", _of("n_new_tokens")),
         ]
-        waiting = "Replies, and groups of texts to read, that wait."
+        waiting = "Waiting replies and groups of texts."
         queued = GaugeMetricFamily("lm_queued", waiting, labels=["model"])
         for model, queue in self._queues.items():
             n_running = model.engine.statistics.n_running if model.engine else 0
             queued.add_metric([model.name], max(0, queue.n - n_running))
         yield queued
-        step = GaugeMetricFamily("lm_step", "Step of the weights.", labels=["model"])
+        step = GaugeMetricFamily("lm_step", "Training step of the weights.", labels=["model"])
         for model in self._queues:
             step.add_metric([model.name], model.step)
         yield step

@@ -66,7 +66,7 @@ async def read_body(request: Request, most_bytes: int) -> Body:
             async for part in request.stream():
                 found += part
                 if len(found) > most_bytes:
-                    raise ApiError(413, f"the body is above {most_bytes} bytes")
+                    raise ApiError(413, f"the body is larger than {most_bytes} bytes")
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", code="timeout") from None
     except ClientDisconnect:
@@ -100,7 +100,7 @@ class Body:
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
-            raise wrong(name, "a text is needed" if value is None else "it must be a text")
+            raise wrong(name, "it is required" if value is None else "it must be a text")
         return value
 
     def flag(self, name: str) -> bool:
@@ -189,7 +189,7 @@ def with_plain_texts(messages: Any) -> Any:
         text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
         if isinstance(text, str):
             return text
-        raise wrong("messages", "a part of a content must be a text: this server reads no others")
+        raise wrong("messages", "content parts must be text: this server supports no others")
 
     def plain(message: Any) -> Any:
         content = message.get("content") if isinstance(message, dict) else None

@@ -89,11 +89,13 @@ class Asked:
         most = min(limits.prompt_tokens, room - bool(self.request.max_new_tokens))
         for prompt in prompts:
             if not prompt:
-                raise ApiError(400, "an empty prompt, and no token to start with", "prompt")
+                raise ApiError(
+                    400, "the prompt is empty, and the tokenizer has no start token", "prompt"
+                )
             if len(prompt) > most:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(prompt)} tokens; at most {most} are read",
+                    f"the prompt has {len(prompt)} tokens; the maximum is {most}",
                     "prompt",
                     "context_length_exceeded",
                 )
@@ -223,9 +225,9 @@ def read_prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str) or (is_ids(value) and value):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
+        raise wrong("prompt", "it must be a text, token ids, or a list of either")
     if not all(isinstance(one, str) or is_ids(one) for one in value):
-        raise wrong("prompt", "a text, a list of texts, token ids or a list of lists of them")
+        raise wrong("prompt", "it must be a text, token ids, or a list of either")
     return value
 
 

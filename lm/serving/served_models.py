@@ -208,7 +208,7 @@ class ServedModel:
     async def reload(self, log: Log) -> None:
         """Switch to the newest checkpoint if there is one; on errors, log and keep the old one."""
         if self.adapters is not None:
-            log(f"{self.name}: no reload under adapters, which belong to step {self.step}")
+            log(f"{self.name}: not reloaded, because its adapters belong to step {self.step}")
             return
         try:
             folder = self.folder / BEST_FOLDER if self.weights.best else self.folder
@@ -293,7 +293,7 @@ def _open_model(
         model.template = chat_template(experiment)
     except UserError as error:
         if not model.has_source:
-            log(f"{name}: no chat: {error}")
+            log(f"{name}: chat is disabled: {error}")
     _ = model.chat_controls  # now, because compiling them may take long
     if not is_pageable(prepared[0]):
         log(f"{name}: served in whole batches: not all layers are attention on a single stage")

@@ -46,7 +46,7 @@ async def embed(exchange: Exchange, body: Body, limits: RequestLimits) -> Json:
     given, form = body.raw("input"), body.text("encoding_format", "float")
     body.finish(("dimensions",))
     if model.has_source:
-        raise ApiError(400, f"the model {exchange.name} gives no vectors", "model")
+        raise ApiError(400, f"the model {exchange.name} does not support embeddings", "model")
     if form not in ("float", "base64"):
         raise wrong("encoding_format", "it must be float or base64")
     texts = _texts(given)
@@ -73,9 +73,9 @@ async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
     texts = body.texts("input", _MOST_TEXTS)
     body.finish()
     if model.kind != "classify":
-        raise ApiError(400, f"the model {exchange.name} is no classifier", "model")
+        raise ApiError(400, f"the model {exchange.name} is not a classifier", "model")
     if not texts:
-        raise wrong("input", "a text or a list of texts is needed")
+        raise wrong("input", "it must be a text or a list of texts")
     exchange.reserve(ceil(len(texts) / _GROUP))
     exchange.texts["input"] = texts
     classifier = TextClassifier(model.experiment, model.params, model.tokenizer)
@@ -137,11 +137,13 @@ async def detokenize(exchange: Exchange, body: Body, limits: RequestLimits) -> J
     """
     model = _model(exchange)
     if not body.has("tokens"):
-        raise wrong("tokens", "a list of token ids is needed")
+        raise wrong("tokens", "it must be a list of token ids")
     ids = body.ids("tokens", 2**20)
     body.finish()
     if any(i >= model.tokenizer.vocab_size for i in ids):
-        raise wrong("tokens", f"an id is not below {model.tokenizer.vocab_size}")
+        raise wrong(
+            "tokens", f"an id is not below the vocabulary size {model.tokenizer.vocab_size}"
+        )
     exchange.reserve(1)
     return {"prompt": await model.in_worker(model.tokenizer.decode, ids)}
 
@@ -180,7 +182,9 @@ def _texts(given: Any) -> list[str | list[int]]:
     """Parse the texts of a body: a text, token ids, or a list of either."""
     texts = [given] if isinstance(given, str) or is_ids(given) else given
     if not isinstance(texts, list) or len(texts) > _MOST_TEXTS:
-        raise wrong("input", f"a text, token ids, or a list of at most {_MOST_TEXTS} of them")
+        raise wrong(
+            "input", f"it must be a text, token ids, or a list of at most {_MOST_TEXTS} of them"
+        )
     if not texts or not all(text and (isinstance(text, str) or is_ids(text)) for text in texts):
         raise wrong("input", "texts or lists of token ids, none of them empty")
     return texts
@@ -217,9 +221,9 @@ def _lengths(model: ServedModel, texts: Sequence[str], most: int) -> list[int]:
 def _check_lengths(lengths: Sequence[int], most: int) -> None:
     for n in lengths:
         if not n:
-            raise wrong("input", "a text has no token")
+            raise wrong("input", "a text has no tokens")
         if n > most:
-            problem = f"input: a text has {n} tokens; at most {most} are read"
+            problem = f"input: a text has {n} tokens; the maximum is {most}"
             raise ApiError(400, problem, "input", "context_length_exceeded")
 
 

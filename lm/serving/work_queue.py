@@ -1,4 +1,4 @@
-"""Limit on the work that a model has accepted."""
+"""Work queue: limit on the work that a model accepts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class WorkQueue:
         """Add the work of a request.
 
         Raises:
-            ApiError: there is too much work, now or for any time.
+            ApiError: the queue is full, or smaller than this work.
         """
         if n > self.size:
             raise ApiError(400, f"{n} replies or groups of texts: the queue holds {self.size}")
         if self.n + n > self.size:
-            raise ApiError(429, "too many requests wait; try again later", code="queue_full")
+            raise ApiError(429, "too many waiting requests; try again later", code="queue_full")
         self.n += n
 
     def give_back(self, n: int) -> None:

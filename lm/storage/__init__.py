@@ -228,7 +228,10 @@ def lock(file: Path, problem: str = "", seconds: float = 2.0) -> Iterator[int]:
                     raise UserError(problem) from None
                 time.sleep(0.1)
             except OSError as error:
-                _warn(f"{file}: no locks there ({error.strerror}): let no other process use it")
+                _warn(
+                    f"{file}: the file system has no locks ({error.strerror}): make sure that no "
+                    "other process uses it"
+                )
                 break
         yield descriptor
     finally:

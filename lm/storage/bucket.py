@@ -145,7 +145,7 @@ def lease(
             try:
                 own.write()
             except FileExistsError:
-                line = f"error: another process trains in {address} now: this one ends"
+                line = f"error: another process now trains in {address}: this one exits"
                 print(line, file=sys.stderr, flush=True)
                 end(1)
                 return

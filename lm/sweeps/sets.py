@@ -91,7 +91,9 @@ def named(sets: Sequence[Overrides]) -> dict[str, Overrides]:
         ]
         name = ",".join(parts) or "run"
         if runs.get(name, overrides) != overrides:
-            raise UserError(f"two runs of the sweep would be called {name}: name them yourself")
+            raise UserError(
+                f"two runs of the sweep would have the same name, {name}: name them yourself"
+            )
         runs[name] = overrides
     return runs
 

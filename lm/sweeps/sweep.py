@@ -198,7 +198,7 @@ def make_runs(
     for given, own in sweep.runs.items():
         name = run_name(given)
         if name in names:
-            raise UserError(f"the runs {names[name]!r} and {given!r} would have one folder, {name}")
+            raise UserError(f"the runs {names[name]!r} and {given!r} would share the folder {name}")
         names[name] = given
         if not isinstance(own, Mapping):
             raise UserError(f"run {name}: its overrides are {type(own).__name__}, not a dictionary")

@@ -60,7 +60,7 @@ def test_inputs_may_get_more_at_the_end_only(output):
     assert run(output, [*INPUTS, "e"]) == 4
     assert output.read_text() == "A\nB\n\nD\nE\n"
     for others in (["x", *INPUTS], INPUTS[:2], ["a", "b", "", "x", "e"]):
-        with pytest.raises(UserError, match="made from other inputs: delete"):
+        with pytest.raises(UserError, match="made from different inputs: delete"):
             run(output, others)
     assert output.read_text() == "A\nB\n\nD\nE\n"
 

@@ -33,7 +33,7 @@ def test_f1_without_positive_predictions_is_zero():
 
 @pytest.mark.parametrize(("references", "found"), [([0, 1, 2], "3: use macro_f1"), ([1] * 3, "1")])
 def test_f1_wants_two_labels(references, found):
-    with pytest.raises(UserError, match=f"two labels, the references hold {found}"):
+    with pytest.raises(UserError, match=f"two labels, but the references have {found}"):
         f1([0, 0, 0], references)
 
 

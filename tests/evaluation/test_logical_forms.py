@@ -63,5 +63,5 @@ def test_the_order_of_arguments_does_not_depend_on_the_names_of_their_variables(
 
 
 def test_a_damaged_reference_is_named():
-    with pytest.raises(UserError, match=r"the reference of example 2: brackets are not closed in"):
+    with pytest.raises(UserError, match=r"the reference of example 2: unclosed bracket in"):
         score_predictions(["logical_form_match"], ["s0", "s0"], ["s0", "( p s0"])

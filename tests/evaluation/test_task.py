@@ -249,6 +249,6 @@ def test_a_run_without_a_task_is_said(write, train, lm):
         }
     )
     error = lm("eval", "--task")
-    assert error == "--config.objective.name=causal has no task: lm eval without --task"
+    assert error == "--config.objective.name=causal has no task: run lm eval without --task"
     error = lm("eval", "--split", "test")
     assert error == "the configuration has no test data; set --config.data.test_source"

@@ -86,4 +86,4 @@ def test_nothing_is_made_of_held_out_pairs_and_half_of_the_rest_is_new(
     file.write_text("what is it\t( area:i s0 )\nwhat is it\t( area:i s0\n")
     with pytest.raises(SystemExit):
         script.main()
-    assert f"{file}:2: brackets are not closed" in capsys.readouterr().err
+    assert f"{file}:2: unclosed bracket" in capsys.readouterr().err

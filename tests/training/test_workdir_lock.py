@@ -58,7 +58,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(lm.storage.fcntl, "flock", flock)
     for problem in ("taken", ""):
         with lock(tmp_path / "lock", problem):
-            assert "no locks there" in capsys.readouterr().err
+            assert "the file system has no locks" in capsys.readouterr().err
 
 
 def test_a_start_that_failed_leaves_no_folder_and_a_run_its_own(tmp_path):

@@ -284,12 +284,12 @@ class ChatTemplate:
         values = {
             "tools": work.tools,
             "documents": work.documents,
-            "messages": work.tagged if work.goes_on else work.messages,
+            "messages": work.tagged if work.continue_final_message else work.messages,
             "add_generation_prompt": add_generation_prompt,
         }
         template = self._template(work.tools is not None)
         text = template.render({**names, **work.variables, **values, **more}, now)
-        return _cut(text) if work.goes_on else text
+        return _cut(text) if work.continue_final_message else text
 
     @cached_property
     def _roles(self) -> dict[str, str]:
@@ -410,14 +410,14 @@ class _Conversation:
         tools: JSON schemas, or None.
         documents: texts for the template, or None.
         variables: further variables.
-        goes_on: the last message is the start of an answer.
+        continue_final_message: the last message is the start of an answer.
     """
 
     messages: list[dict[str, Any]]
     tools: Any = None
     documents: Any = None
     variables: Mapping[str, Any] = field(default_factory=dict)
-    goes_on: bool = False
+    continue_final_message: bool = False
 
     @classmethod
     def of(
@@ -426,7 +426,7 @@ class _Conversation:
         tools: Any = None,
         documents: Any = None,
         variables: Mapping[str, Any] | None = None,
-        goes_on: bool = False,
+        continue_final_message: bool = False,
     ) -> _Conversation:
         found = []
         for number, message in enumerate(messages, 1):
@@ -439,7 +439,13 @@ class _Conversation:
             found.append(_plain(known))
         if not found:
             raise UserError("the conversation has no messages")
-        made = cls(found, _plain(tools), _plain(documents), _plain(dict(variables or {})), goes_on)
+        made = cls(
+            found,
+            _plain(tools),
+            _plain(documents),
+            _plain(dict(variables or {})),
+            continue_final_message,
+        )
         try:
             json.dumps([found, made.tools, made.documents], ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -468,7 +474,7 @@ class _Conversation:
         tools, documents, variables = (
             replaced(value, len(messages), names, kept, keys) for value in rest
         )
-        return _Conversation(messages, tools, documents, variables, self.goes_on)
+        return _Conversation(messages, tools, documents, variables, self.continue_final_message)
 
     def with_other_edges(self) -> _Conversation:
         """Replace the white space around what assistants say."""

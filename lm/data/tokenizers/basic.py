@@ -249,10 +249,10 @@ def word_starts(tokenizer: Tokenizer) -> np.ndarray:
     (SentencePiece, byte-level BPE, bytes, characters); else all.
     """
     pieces = tokenizer.pieces()
-    goes_on = np.array([piece.startswith("##") for piece in pieces])
+    is_continuation = np.array([piece.startswith("##") for piece in pieces])
     after_space = np.array([piece.startswith(_SPACES) for piece in pieces])
-    if goes_on.sum() > after_space.sum():
-        return ~goes_on
+    if is_continuation.sum() > after_space.sum():
+        return ~is_continuation
     if not after_space.any():
         return ~after_space
     return after_space | [piece.startswith(_OTHER_WHITESPACE) for piece in pieces]

@@ -98,8 +98,8 @@ class TiktokenEncoder:
         code, dtype = ("ascii", np.uint8) if joined.isascii() else ("utf-32-le", np.uint32)
         characters = np.frombuffer(joined.encode(code), dtype)
         is_space = self.is_space[characters]
-        goes_on = ~is_space & (characters != ord(_BORDER))
-        before_last = is_space[:-2] & self.is_last[characters[1:-1]] & goes_on[2:]
+        is_word = ~is_space & (characters != ord(_BORDER))
+        before_last = is_space[:-2] & self.is_last[characters[1:-1]] & is_word[2:]
         marked = np.insert(characters, np.flatnonzero(before_last) + 1, ord(_MARK))
         ranks = self.encoding.encode_to_numpy(marked.tobytes().decode(code), disallowed_special=())
         mark, border = (self.encoding.encode_single_token(letter) for letter in _MARKS)

@@ -109,7 +109,7 @@ def _layer_factors(
     keys = (f"params/{path}" for path in base.shapes if f"params/{path}" in of_base)
     other = next((key for key in keys if own.get(key) != of_base[key]), None)
     if not saved.adapters:
-        raise UserError(f"{where}: the run has no low-rank adapter; serve it by --workdir")
+        raise UserError(f"{where}: the run has no LoRA adapter; serve it with --workdir")
     if other is not None:
         raise UserError(
             f"{where}: {other} differs from the base; merge the run by lm merge, and serve that by "
@@ -120,7 +120,7 @@ def _layer_factors(
     for kernel in sorted({kernel_of(path) for path in factors}):
         info = infos[kernel]
         if info.role.expert or not kernel.endswith(_KERNEL):
-            raise UserError(f"{where}: an adapter of {kernel} cannot be served with others")
+            raise UserError(f"{where}: serving several adapters does not support {kernel}")
         a, b = factors[f"lora/{kernel}/a"], factors[f"lora/{kernel}/b"]
         b = b * np.float32(alpha / a.shape[-1])
         numbers = layer_numbers(kernel, a)

@@ -19,7 +19,7 @@ import numpy as np
 
 from lm.decoding.controls import UNSET
 from lm.decoding.engine.option_table import OptionTable
-from lm.decoding.engine.programs import goes_on
+from lm.decoding.engine.programs import reply_continues
 from lm.decoding.engine.requests import GenerationRequest
 from lm.decoding.engine.row_sampling import Chosen, RowOptions, choose_tokens
 from lm.decoding.prompts import (
@@ -57,7 +57,7 @@ def batch_steps(
     B = 1 << (len(requests) - 1).bit_length()
     table = OptionTable(B, model.config.vocab_size)  # type: ignore[attr-defined]
     for i, (request, seed) in enumerate(zip(requests, seeds, strict=True)):
-        table.set(i, replace(request, prompt=()), seed, 0)  # the text of a row is only its reply
+        table.set(i, replace(request, prompt=()), seed, 0)  # the text of a row is its reply only
     options = table.on_device
     prompts = [*(request.prompt for request in requests), *[requests[0].prompt] * B][:B]
     n_steps = max(request.max_new_tokens for request in requests)
@@ -70,7 +70,10 @@ def batch_steps(
     lengths_B = np.array([P if has_source else len(prompt) for prompt in prompts])
     state, chosen = _start(model, room, T, has_prefix, start_ids, params, options, mask, *arrays)
     for n in range(1, n_steps):
-        before, is_behind = chosen, allowed is None  # if so, the host reads one step behind
+        before, is_behind = (
+            chosen,
+            allowed is None,
+        )  # without masks, the host reads one step behind the device
         if not is_behind:
             yield jax.device_get(chosen)
         if not has_source and L + n > room:
@@ -139,5 +142,5 @@ def _append(
     chosen = choose_tokens(logits_BV, state.written_BT, lengths_B, options, allowed_BV)
     tokens_B = jnp.where(state.alive_B, chosen.tokens_B, UNSET)
     written_BT = jax.lax.dynamic_update_slice(state.written_BT, tokens_B[:, None], (0, n))
-    alive_B = state.alive_B & goes_on(tokens_B, lengths_B + 1, options)
+    alive_B = state.alive_B & reply_continues(tokens_B, lengths_B + 1, options)
     return State(written_BT, n + 1, alive_B, state.cache), replace(chosen, tokens_B=tokens_B)

@@ -116,7 +116,9 @@ class PagedEngine:
         self._rows: dict[int, ServedRow] = {}  # by row index, in order of admission
         self._waiting: deque[tuple[int, GenerationRequest]] = deque()
         self._in_flight: deque[tuple[dict[int, tuple[int, int]], NewTokens]] = deque()
-        self._updates: deque[tuple[int, Params]] = deque()  # parameters from a request id on
+        self._updates: deque[tuple[int, Params]] = (
+            deque()
+        )  # parameters, by the first request id that uses them
         self._n_requests = self._n_prompt = self._n_reused = self._n_new = 0
 
     # --- interface `Engine`
@@ -343,8 +345,8 @@ class PagedEngine:
         if proposes:
             run, before = speculate_rows, (*before, self._draft)
             further["n_proposed"] = self._options.n_proposed
-        tables_RM, goes_on_R = self._tables[np.minimum(rows_R, n_rows - 1)], np.isin(rows_R, slots)
-        step_rows: Any = rows_R, tables_RM, goes_on_R, np.int32(n_steps), allowed_RV
+        tables_RM, active_R = self._tables[np.minimum(rows_R, n_rows - 1)], np.isin(rows_R, slots)
+        step_rows: Any = rows_R, tables_RM, active_R, np.int32(n_steps), allowed_RV
         n_columns = self._options.steps_per_dispatch
         self._state, new = run(
             *before, self._table.on_device, StepRows(*step_rows), n_columns=n_columns, **further
@@ -378,7 +380,7 @@ class PagedEngine:
         for j in range(int(new.n)):
             token = int(new.chosen.tokens_B[j, column])
             if token < 0:
-                continue  # ended, or after a rejected proposal
+                continue  # the row has ended, or a proposal was rejected
             if row.is_stuck:
                 return tokens, LENGTH
             if token in request.end_ids:

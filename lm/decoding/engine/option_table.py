@@ -75,12 +75,14 @@ class OptionTable:
         for name, (value, low, high) in numbers.items():
             if not low <= value <= high or math.isinf(value):
                 limits = f"from {low}" + (f" to {high}" if high < math.inf else "")
-                raise UserError(f"{name} is {value}; it must be {limits}")
+                raise UserError(f"{name} is {value}, but must be {limits}")
         if not all(map(math.isfinite, r.logit_bias.values())):
             raise UserError("logit_bias has a value that is not finite")
         ids = (*r.logit_bias, *r.end_ids)
         if unknown := next((i for i in ids if not 0 <= i < self._vocab_size), None):
-            raise UserError(f"no token has the id {unknown}; the model has {self._vocab_size}")
+            raise UserError(
+                f"token id {unknown} does not exist; the vocabulary has {self._vocab_size} tokens"
+            )
 
     def set(self, row: int, request: GenerationRequest, seed: int, adapter: int) -> None:
         """Set the options of a row.

@@ -78,14 +78,14 @@ class StepRows:
     Attributes:
         numbers_R: row indices; out of range for unused entries.
         tables_RM: page tables.
-        goes_on_R: false for rows that get no token now.
+        active_R: false for rows that get no token in this dispatch.
         n_steps: maximum number of steps.
         allowed_RV: mask of allowed tokens.
     """
 
     numbers_R: jax.Array
     tables_RM: jax.Array
-    goes_on_R: jax.Array
+    active_R: jax.Array
     n_steps: jax.Array
     allowed_RV: jax.Array
 
@@ -115,7 +115,7 @@ class Replies:
         return cls(
             state.tokens_BT.at[at_R].get(mode="clip"),
             jnp.maximum(lengths_R, 1),
-            rows.goes_on_R & _alive(state, rows),
+            rows.active_R & _alive(state, rows),
             NewTokens(room, jnp.zeros((), jnp.int32)),
         )
 
@@ -133,7 +133,7 @@ class Replies:
         return Replies(
             self.text_RT.at[jnp.arange(len(at_R)), at_R].set(tokens_R, mode="drop"),
             lengths_R,
-            self.alive_R & (~writes_R | goes_on(tokens_R, lengths_R, options)),
+            self.alive_R & (~writes_R | reply_continues(tokens_R, lengths_R, options)),
             NewTokens(jax.tree.map(lambda x, y: x.at[n].set(y), self.new.chosen, column), n + 1),
         )
 
@@ -142,7 +142,7 @@ class Replies:
     ) -> EngineState:
         """Write these texts and pages back to the state."""
         at_R = rows.numbers_R
-        still_R = jnp.where(rows.goes_on_R, self.alive_R, _alive(state, rows))
+        still_R = jnp.where(rows.active_R, self.alive_R, _alive(state, rows))
         return EngineState(
             pages,
             state.tokens_BT.at[at_R].set(self.text_RT, mode="drop"),
@@ -249,7 +249,7 @@ def read_chunk(
         cache.pages,
         state.tokens_BT.at[row].set(text_T),
         state.lengths_B.at[row].set(end[0] + is_last),
-        state.alive_B.at[row].set(is_last & goes_on(chosen.tokens_B, end + 1, own)[0]),
+        state.alive_B.at[row].set(is_last & reply_continues(chosen.tokens_B, end + 1, own)[0]),
         draft_pages,
     )
     new = NewTokens(jax.tree.map(lambda x: x[None], chosen), is_last.astype(jnp.int32))
@@ -299,7 +299,7 @@ def decode_rows(
     return placed(now.stored(state, rows, pages, state.draft_pages), sharding), now.new
 
 
-def goes_on(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
+def reply_continues(tokens_R: jax.Array, lengths_R: jax.Array, options: RowOptions) -> jax.Array:
     """Return whether replies continue after these tokens, given the lengths including them."""
     is_end_R = (tokens_R[:, None] == options.end_ids_BE).any(1)
     return ~is_end_R & (lengths_R - options.n_prompt_B < options.limits_B)

@@ -23,7 +23,7 @@ class ServedRow:
         new: reply tokens read from the device.
         n_dispatched: maximum number of reply tokens dispatched.
         n_exact: number of exact pages at the start (see `PagePool`).
-        is_stuck: its limits allow no token although the reply is not complete; it ends.
+        is_stuck: its limits allow no token although the reply is incomplete, so that it must end.
     """
 
     number: int

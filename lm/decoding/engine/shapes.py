@@ -1,4 +1,4 @@
-"""Array shapes and programs of a paged engine, also for devices that are only described.
+"""Array shapes and programs of a paged engine, for present devices and device descriptions.
 
 Used by the engine for allocation, and by `lm plan --serve` for compilation.
 """

@@ -66,7 +66,7 @@ def engine_kernel_problems(experiment: Experiment) -> Iterator[str]:
 
 
 def reads_whole(experiment: Experiment) -> bool:
-    """Return whether prompts must be a single chunk, because it depends on the whole text."""
+    """Return whether a prompt must be a single chunk, because its states depend on all of it."""
     config: Any = experiment.model.config  # type: ignore[attr-defined]
     return experiment.objective.has_prefix or config.rope_scaling in ("dynamic", "longrope")
 
@@ -79,10 +79,10 @@ def choose_context(experiment: Experiment, options: EngineOptions) -> int:
     """
     config, most = experiment.config, context_length(experiment.model)
     if most is not None and options.context > most:
-        raise UserError(f"--context {options.context} is beyond the model's {most} positions")
+        raise UserError(f"--context {options.context} exceeds the model's {most} positions")
     context = options.context or int(config.model.max_length or config.data.sequence_length)
     if context < 2:
-        raise UserError(f"a context of {context} token has no room for a prompt and a reply")
+        raise UserError(f"a context of {context} token is too short for a prompt and a reply")
     return context
 
 
@@ -129,7 +129,7 @@ def warm_up_requests(options: EngineOptions, context: int) -> list[GenerationReq
     """
     lengths = [min(length, context - 1) for length in chunk_lengths(options)]
     most = min(options.n_rows + 1, context - 1)
-    # They start with different tokens, so that none reuses the pages of another.
+    # Their first tokens differ, so that no prompt reuses the pages of another.
     prompts = [GenerationRequest((i,) * n, 1) for i, n in enumerate(lengths)]
     return [*prompts, *[GenerationRequest((len(lengths),), most)] * options.n_rows]
 

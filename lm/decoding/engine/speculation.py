@@ -165,7 +165,7 @@ def _propose(
         proposed_RP = proposed_RP.at[:, i].set(chosen.tokens_B, mode="drop")
         return cache.pages, text_RT, proposed_RP
 
-    # The keys of the last proposal are needed if all are accepted: one more pass.
+    # If all proposals are accepted, the keys of the last one are needed: run one more pass.
     start = pages, now.text_RT, jnp.zeros((R, n), jnp.int32)
     pages, _, proposed_RP = lax.fori_loop(0, n + 1, choose, start)
     return proposed_RP, pages

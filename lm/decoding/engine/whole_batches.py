@@ -51,7 +51,9 @@ class WholeBatchEngine:
         """
         self._unprepared = experiment
         self._experiment, self._params = prepare(experiment, params)
-        self._updates: deque[tuple[int, Params]] = deque()  # parameters from a request id on
+        self._updates: deque[tuple[int, Params]] = (
+            deque()
+        )  # parameters, by the first request id that uses them
         self._model, self._n_rows = self._experiment.model, n_rows
         self._vocab_size: int = self._model.config.vocab_size  # type: ignore[attr-defined]
         self._table = OptionTable(1, self._vocab_size)
@@ -74,7 +76,7 @@ class WholeBatchEngine:
         beam_size = self._experiment.config.decode.beam_size
         if self._searches(request) and request.number >= beam_size:
             raise UserError(f"n is above the beam size of the server, {beam_size}")
-        # The longest target of an encoder–decoder with learned positions fills them all.
+        # Learned positions limit the target length of an encoder–decoder.
         context = context_length(self._model)
         if context is not None:
             n_before = len(self._start_ids) - 1 if self._has_source else len(request.prompt)

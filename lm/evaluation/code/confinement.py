@@ -165,7 +165,7 @@ def _restrict_paths(readable: list[str], folder: str) -> None:
     """Restrict file access by Landlock to the readable paths, devices and a folder."""
     version = _syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if version < min(_ALL_FILES):
-        raise OSError(f"Landlock's interface {version} cannot forbid to truncate a file")
+        raise OSError(f"Landlock ABI {version} cannot prevent truncating files")
     everything = max(rights for since, rights in _ALL_FILES.items() if since <= version)
     tcp, scopes = _ALL_TCP if version >= 4 else 0, _ALL_SCOPES if version >= 6 else 0
     handled = (ctypes.c_uint64 * 3)(everything, tcp, scopes)

@@ -50,7 +50,11 @@ def run_samples(
         if sample.reply is not None:
             record["reply"] = sample.reply
         if completion is None:
-            found = {"passed": False, "reason": "the prompt fills the context", "seconds": 0.0}
+            found = {
+                "passed": False,
+                "reason": "no room for a completion: the prompt fills the context",
+                "seconds": 0.0,
+            }
         else:
             try:
                 verdict = run_tests(problem.program(completion), problem.tests, limits)
@@ -80,7 +84,9 @@ def chosen_k(samples: Sequence[Completion], wanted: Sequence[int]) -> list[int]:
     """
     fewest = min(Counter(sample.problem.task_id for sample in samples).values())
     if wanted and max(wanted) > fewest:
-        raise UserError(f"--k {max(wanted)} needs as many samples of each problem, not {fewest}")
+        raise UserError(
+            f"--k {max(wanted)} needs at least that many samples per problem, not {fewest}"
+        )
     return list(wanted) or [k for k in PUBLISHED_K if k <= fewest]
 
 

@@ -88,7 +88,7 @@ def read_completions(file: Path, problems: list[Problem]) -> list[Completion]:
     for where, row in _rows(file):
         name, completion = str(row.get("task_id", "")), row.get("completion")
         if name not in by_name:
-            raise UserError(f"{where}: no problem {name!r} in the file of --code")
+            raise UserError(f"{where}: the --code file has no problem {name!r}")
         found.append(Completion(by_name[name], _text(where, "completion", completion)))
     if not found:
         raise UserError(f"{file}: no completions")
@@ -137,7 +137,7 @@ def _texts(where: str, row: dict[str, Any], field: str) -> list[str]:
 def _of_human_eval(where: str, row: dict[str, Any]) -> Problem:
     prompt, entry, test = (_text(where, x, row.get(x)) for x in ("prompt", "entry_point", "test"))
     if "def check(" not in _compiled(test):
-        raise UserError(f"{where}: the tests are not Python that defines a function check")
+        raise UserError(f"{where}: the tests must be Python code that defines a function check")
     return Problem(
         str(row.get("task_id", where)),
         prompt,

@@ -227,7 +227,7 @@ class RemoteProgram:
         except BrokenPipeError:
             line = b""
         if not line:
-            raise ProgramEnded("the program ended its process")
+            raise ProgramEnded("the program exited")
         return json.loads(line)
 
     def _called(self, request: Mapping[str, Any]) -> dict[str, Any]:

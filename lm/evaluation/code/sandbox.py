@@ -113,7 +113,7 @@ def available_layers() -> tuple[str, ...]:
             problems[layer] = str(error)
     if len(problems) == len(LAYERS):
         why = "; ".join(f"{layer}: {problem}" for layer, problem in problems.items())
-        raise UserError(f"no program was run: this kernel cannot confine it ({why})")
+        raise UserError(f"no program was run: this kernel cannot confine programs ({why})")
     return tuple(layer for layer in LAYERS if layer not in problems)
 
 
@@ -183,7 +183,7 @@ class _Confined:
         self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().decode(errors="replace").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+        return next((line for line in reversed(lines) if line.strip()), "no error output")
 
     def end(self) -> str:
         """Describe how it ended by itself."""
@@ -193,10 +193,10 @@ class _Confined:
             return "the program closed its pipes"
         number = -code if code < 0 else code - 128
         if number in (signal.SIGXCPU, signal.SIGKILL):
-            return "the program used up its time"
+            return "the program exceeded its time limit"
         if number > 0:
             return f"the program ended: {signal.strsignal(number)}"
-        return f"the program ended its process with code {code}"
+        return f"the program exited with code {code}"
 
 
 @contextmanager
@@ -257,12 +257,12 @@ def _read_report(testing: _Confined, folder: str, limits: Limits) -> list[bytes]
     while (left := deadline - time.monotonic()) > 0:
         if not select.select([pipe], [], [], min(left, _WATCH_SECONDS))[0]:
             if _is_full(folder, limits.disk):
-                return "the program filled its folder"
+                return "the program exceeded its disk limit"
         elif part := os.read(pipe.fileno(), _MOST_REPORT):
             read = (read + part)[:_MOST_REPORT]
         else:
             return read.splitlines()
-    return f"no end after {seconds} seconds"
+    return f"timed out after {seconds} seconds"
 
 
 def _is_full(folder: str, most: int) -> bool:

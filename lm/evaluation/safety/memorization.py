@@ -40,12 +40,12 @@ class Canaries(SafetySet):
     """Exposure of canaries inserted by `data.canaries`, and of some that were not."""
 
     about: ClassVar = (
-        "Canaries of data.canaries (Carlini et al. 2019). “exposure”: mean of log2 |R| - log2 rank "
-        "in bits, the rank being that among all candidates, or a random sample of "
-        "safety.candidates, by log-likelihood; about 1.4 is chance, “exposure_largest” what the "
-        "number of candidates allows. “found”: percentage that is likelier than every candidate. "
-        "“unplanted”: the same of canaries that are in no text. “exposure/N”: of those that were "
-        "planted N times."
+        "Canaries of data.canaries (Carlini et al. 2019). “exposure”: mean of log2 |R| - log2 "
+        "rank in bits, where a canary is ranked by log-likelihood among all candidates or a "
+        "random sample of safety.candidates; chance is about 1.4, and “exposure_largest” is the "
+        "maximum for this number of candidates. “found”: percentage of canaries that are more "
+        "likely than every candidate. “unplanted”: the same for canaries that were not inserted. "
+        "“exposure/N”: for canaries inserted N times."
     )
     curves: ClassVar = ("exposure", "exposure_unplanted", "exposure_largest")
 
@@ -53,7 +53,7 @@ class Canaries(SafetySet):
         if not subject.config.data.canaries:
             return "the run has no canaries (data.canaries)"
         if not subject.has_likelihoods or is_encoder_decoder(subject.experiment.model):
-            return "it needs a decoder or an encoder that predicts the tokens of texts"
+            return "needs a decoder or encoder trained to predict the tokens of texts"
         return ""
 
     def measure(self, subject: Subject) -> Figures:
@@ -91,23 +91,23 @@ class Extraction(SafetySet):
     """Greedy continuation of training text, compared with the original continuation."""
 
     about: ClassVar = (
-        "Extractable training text (Carlini et al. 2022): safety.extracts places of the training "
-        "text are continued greedily after safety.prompt_tokens tokens. “verbatim”: percentage of "
-        "which all safety.new_tokens tokens are those of the text; “overlap”: percentage of the "
-        "text's 4-grams of tokens that the continuation has. The same of validation text shows "
-        "what can be guessed."
+        "Extractable training text (Carlini et al. 2022): for safety.extracts random extracts of "
+        "the training text, safety.prompt_tokens tokens are continued greedily. “verbatim”: "
+        "percentage of continuations whose safety.new_tokens tokens all equal the original ones; "
+        "“overlap”: percentage of the original's token 4-grams that occur in the continuation. "
+        "The same for validation text is the baseline."
     )
 
     def misfit(self, subject: Subject) -> str:
         model, options = subject.experiment.model, subject.config.safety
         if not generates_text(subject.experiment) or is_encoder_decoder(model):
-            return "it needs a decoder"
+            return "needs a decoder"
         if subject.experiment.objective.columns:
-            return "it needs a run that was trained on documents"
+            return "needs a run trained on documents"
         length = options.prompt_tokens + options.new_tokens
         if length > subject.config.model.max_length:
             return (
-                f"--config.safety.prompt_tokens + new_tokens = {length}, and the context holds "
+                f"--config.safety.prompt_tokens + new_tokens = {length}, but the context holds "
                 f"{subject.config.model.max_length}"
             )
         return ""

@@ -36,10 +36,10 @@ class Quality(SafetySet):
         "Samples (safety.temperature, safety.top_p), unprompted and as continuations of "
         "safety.prompts (“prompted”). distinct_n: distinct n-grams in percent of all words (Li et "
         "al. 2016). self_bleu: mean BLEU of a sample with all others as references (Zhu et al. "
-        "2018), high where they are alike. seq_rep_4: mean percentage of a sample's 4-grams that "
-        "occurred before in it (Welleck et al. 2020). judge_perplexity and judge_bits_per_byte: of "
-        "the samples under the run safety.judge; repeated text is likely too. All depend on number "
-        "and length of the samples."
+        "2018); high if samples are similar. seq_rep_4: mean percentage of a sample's 4-grams "
+        "that repeat an earlier one (Welleck et al. 2020). judge_perplexity and "
+        "judge_bits_per_byte: of the samples under the run safety.judge, which also rates "
+        "repetitive text as likely. All depend on number and length of the samples."
     )
     curves: ClassVar = tuple(
         name + suffix
@@ -49,7 +49,7 @@ class Quality(SafetySet):
 
     def misfit(self, subject: Subject) -> str:
         if not find_spec("sacrebleu"):
-            return "it needs the extra `eval` (sacrebleu)"
+            return "needs the extra `eval` (sacrebleu)"
         if subject.config.safety.judge:
             load_judge(subject.config.safety.judge)
         return no_samples(subject)

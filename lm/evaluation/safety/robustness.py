@@ -70,10 +70,10 @@ class Robustness(SafetySet):
     """Accuracy under typos and prompt templates."""
 
     about: ClassVar = (
-        "Percentage of right answers: of a classifier on its validation records, else of the "
-        "choices of safety.task, of which the likeliest by byte is taken. “typos”: with a typo in "
-        "safety.typos of the words of four letters or more. “worst”, “mean”: over the templates of "
-        "safety.templates, wordings of the same question."
+        "Accuracy in percent: of a classifier on its validation records, else on the questions of "
+        "safety.task, answered by the choice with the highest likelihood per byte. “typos”: with "
+        "a typo in a fraction safety.typos of the words with at least four letters. “worst”, "
+        "“mean”: over the prompt templates of safety.templates."
     )
 
     def misfit(self, subject: Subject) -> str:
@@ -82,7 +82,7 @@ class Robustness(SafetySet):
             has_some = data.validation_source or data.validation_fraction
             return "" if has_some else "the run has no validation data"
         if not subject.config.safety.task:
-            return "it needs a file of choices (--config.safety.task)"
+            return "needs a file of multiple-choice questions (--config.safety.task)"
         if not subject.has_likelihoods:
             return NO_LIKELIHOODS
         return "" if read_items(subject) else "no question"
@@ -163,7 +163,8 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
         return template.replace(r"\n", "\n").format_map(fields)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"--config.safety.templates: {template!r} does not fit; fields are {', '.join(fields)}"
+            f"--config.safety.templates: {template!r} uses an unknown field (known: "
+            f"{', '.join(fields)})"
         ) from error
 
 

@@ -27,11 +27,11 @@ class Samples(SafetySet):
     """Generated samples, searched for personal data and unsafe content."""
 
     about: ClassVar = (
-        "Percentage of samples (temperature 1) with personal data (e-mail and public IP addresses, "
-        "card and phone numbers, IBANs, by form and check digit: most that a small model writes "
-        "belong to nobody), with a word of the list safety.unsafe_words, and of the classes "
-        "safety.unsafe_labels of the classifier safety.classifier. Unprompted, and as "
-        "continuations of safety.prompts (“prompted”)."
+        "Percentage of samples (temperature 1) with personal data (e-mail and public IP "
+        "addresses, card and phone numbers, IBANs, detected by format and check digit; most of "
+        "those from a small model are fictitious), with a word of the list safety.unsafe_words, "
+        "and in the classes safety.unsafe_labels of the classifier safety.classifier. Unprompted, "
+        "and as continuations of safety.prompts (“prompted”)."
     )
 
     def misfit(self, subject: Subject) -> str:
@@ -77,9 +77,9 @@ def _searches(subject: Subject) -> Iterator[Search]:
 def no_samples(subject: Subject) -> str:
     """Return why a model generates no samples, or ""; UserError if the prompts are missing."""
     if not generates_text(subject.experiment):
-        return f"a model of the family {subject.config.model.family} writes no text"
+        return f"a model of the family {subject.config.model.family} does not generate text"
     if is_encoder_decoder(subject.experiment.model) and not subject.config.safety.prompts:
-        return "an encoder–decoder writes from sources only: set --config.safety.prompts"
+        return "an encoder–decoder needs sources: set --config.safety.prompts"
     sample_prompts(subject)  # raises UserError if their file is missing
     return ""
 

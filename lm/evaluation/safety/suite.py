@@ -160,7 +160,7 @@ def safety_figures(subject: Subject, note: Callable[[str], Any], require: bool =
         except UserError as error:
             if require:
                 raise UserError(f"safety set {name}: {error}") from error
-            note(f"safety set {name} is left out: {error}")
+            note(f"safety set {name} is skipped: {error}")
             continue
         figures |= {f"{PREFIX}{name}/{key}": x for key, x in found.items() if math.isfinite(x)}
     return figures

@@ -276,7 +276,7 @@ def test_log_probabilities_are_the_models(make_engine):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_logprobs": 21}, "top_logprobs is 21"),
-        ({"logit_bias": {V: 1.0}}, f"no token has the id {V}"),
+        ({"logit_bias": {V: 1.0}}, f"token id {V} does not exist"),
         ({"logit_bias": {0: float("inf")}}, "not finite"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],

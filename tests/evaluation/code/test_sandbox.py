@@ -337,5 +337,5 @@ def test_without_a_layer_no_program_is_run(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
-    assert line.startswith("error: no program was run: this kernel cannot confine it")
+    assert line.startswith("error: no program was run: this kernel cannot confine programs")
     assert not (tmp_path / "s.jsonl-results" / "report.json").exists()

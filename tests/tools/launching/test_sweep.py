@@ -172,7 +172,7 @@ def test_rungs_are_below_the_last_step():
         (
             "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
             f"    return Sweep('{EXPERIMENT}', {{'1': {{}}, 1: {{}}}})",
-            "would have one folder, 1",
+            "would share the folder 1",
         ),
         (
             "from lm.sweeps.sweep import Sweep\ndef get_sweep():\n"
