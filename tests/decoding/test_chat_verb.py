@@ -133,7 +133,7 @@ def test_a_script_talks(lm, tmp_path):
         ("/load /nowhere/x.jsonl\n", "no file /nowhere/x.jsonl"),
         ("/save /nowhere/x.jsonl\n", "/nowhere/x.jsonl: No such file"),
         ("/save ~nobody-here/x.jsonl\n", "~nobody-here/x.jsonl"),
-        ("/regenerate\n", "nothing to answer"),
+        ("/regenerate\n", "no question to answer"),
         ("x" * 300 + "\n", "the message has"),
         ("\udcff\n", "must be UTF-8"),
     ],

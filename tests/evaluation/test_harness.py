@@ -226,7 +226,7 @@ def test_a_continuation_must_fit_and_needs_something_before_it(make):
     parts = run.experiment, run.params, run.tokenizer
     with pytest.raises(UserError, match="text 1 has 25 tokens to score; the context holds 24"):
         score(*parts, [Request([0], [5] * (CONTEXT + 1))])
-    with pytest.raises(UserError, match="first token follows nothing"):
+    with pytest.raises(UserError, match="first token has no context"):
         score(*parts, [Request([], [5])])
 
 
@@ -278,7 +278,7 @@ def test_lm_eval_harness_writes_what_lm_eval_writes(make, task, tmp_path, capsys
     lines = (tmp_path / "out" / "samples_words_choice.jsonl").read_text().splitlines()
     assert np.mean([json.loads(line)["acc"] for line in lines]) == accuracy
     assert main([*words, *output, "--harness", "words_chioce"]) == 2
-    assert "has no task 'words_chioce'; near it: words_choice" in capsys.readouterr().err
+    assert "has no task 'words_chioce'; similar names: words_choice" in capsys.readouterr().err
     other = ["--include_path", str(tmp_path / "none")]
     assert main([*words, *other, *output, "--harness", "words_choice"]) == 2
     assert "none: no such folder" in capsys.readouterr().err

@@ -496,7 +496,7 @@ def test_ids_that_an_objective_or_a_search_puts_in_need_a_row_too(
         main(["generate", "--workdir", str(t5 / "run"), "--prompt", "a", "--max_new_tokens", "2"])
         == 2
     )
-    assert "the token id 100 is beyond the model's 96 embeddings" in capsys.readouterr().err
+    assert "the token id 100 exceeds the model's 96 embeddings" in capsys.readouterr().err
 
 
 def test_runs_of_bytes_that_are_no_utf8_are_decoded_as_theirs(tmp_path):

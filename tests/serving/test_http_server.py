@@ -168,7 +168,7 @@ def test_sigterm_loses_no_request(changing):
     found, threads = post_all(server, [LONG | {"n": 60}])
     server.wait(lambda: n_running(server) == 2)
     server.process.send_signal(signal.SIGTERM)
-    server.wait_for("the server ends")
+    server.wait_for("shutting down")
     refused = post(server, SHORT)
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert get(server, "readyz").status_code == 503

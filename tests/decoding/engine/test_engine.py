@@ -270,7 +270,7 @@ def test_log_probabilities_are_the_models(make_engine):
     ("options", "words"),
     [
         ({"prompt": ()}, "empty"),
-        ({"prompt": (V,)}, "beyond the model's"),
+        ({"prompt": (V,)}, "exceeds the model's"),
         ({"prompt": (3,) * CONTEXT}, "the context holds"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),

@@ -61,7 +61,8 @@ def test_given_samples_are_run(run, problems, tmp_path):
     assert [row["passed"] for row in records(folder)] == [True, False, False, False]
     assert records(folder)[3]["reason"] == "AssertionError"
     assert records(folder)[1]["completion"] == wrong
-    assert run(*words, "--k", "3") == "error: --k 3 needs at least that many samples per problem, not 2"
+    error = run(*words, "--k", "3")
+    assert error == "error: --k 3 needs at least that many samples per problem, not 2"
     assert "give one of them" in run(*words, "--workdir", tmp_path)
     assert "--k needs --code" in run("--workdir", tmp_path, "--k", "1")
     missing = "the following arguments are required: --workdir"
