@@ -107,7 +107,7 @@ WRONG = {
     "two averages": (
         {"optimizer.name": "schedule_free", "schedule.name": "constant", "optimizer.ema": 0.9},
         1,
-        "--config.optimizer.name=schedule_free averages already",
+        "--config.optimizer.name=schedule_free already averages",
     ),
     "start": ({"init.from": "run", "init.vectors": "glove"}, 1, "are mutually exclusive"),
     "pattern of freezing": (
@@ -172,7 +172,7 @@ WRONG = {
     ),
     # --- mesh
     "mesh": ({"parallel.mesh.fsdp": 3}, 8, "does not divide 8 devices"),
-    "two free axes": ({"parallel.mesh.fsdp": -1}, 8, "at most one of them is -1"),
+    "two free axes": ({"parallel.mesh.fsdp": -1}, 8, "at most one may be -1"),
     "batch": ({"data.batch_size": 6}, 8, "--config.data.batch_size=6 is not divisible by 8"),
     "batch of validation": ({"eval.batch_size": 6}, 8, "--config.eval.batch_size=6 is not"),
     "batch of microbatches": (
@@ -223,7 +223,7 @@ WRONG = {
         4,
         "--config.data.target_length=12 is not divisible by 8",
     ),
-    "parts of a recurrent model": (CONTEXT | LSTM, 4, "mesh.context=4 needs attention"),
+    "parts of a recurrent model": (CONTEXT | LSTM, 4, "mesh.context=4 needs self-attention"),
     # --- attention
     "kernel": ({"model.attention": "splash"}, 1, "splash cannot be used with cpu devices"),
     "tiled kernel": (

@@ -52,7 +52,7 @@ def read_mixture(config: ConfigDict, file: str | Path) -> None:
     try:
         content = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"cannot read mixture {file} ({error.strerror})") from error
+        raise UserError(f"mixture {file}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:  # invalid TOML or UTF-8
         raise UserError(f"mixture {file}: {error}") from error
     try:

@@ -56,8 +56,8 @@ def test_validation_data_of_the_experiment_file_stay(tmp_path):
         (f"{WEB}[[schedule]]\nweb = 1", "has no step"),
         (f"{WEB}[[schedule]]\nstep = 0\nwebb = 1", "did you mean web"),
         (f"{WEB}[[schedule]]\nstep = 0\nweb = nan", "weights must be 0 to"),
-        (f"{WEB}[schedule]\nstep = 0", "is a list"),
-        (f"{WEB}epochs = 1\n[[schedule]]\nstep = 0\nweb = 1", "give one of them"),
+        (f"{WEB}[schedule]\nstep = 0", "must be a list"),
+        (f"{WEB}epochs = 1\n[[schedule]]\nstep = 0\nweb = 1", "set only one of them"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, message):

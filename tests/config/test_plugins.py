@@ -210,7 +210,7 @@ WRONG = {
     "field that is no key": (
         "@dataclass\nclass O:\n    plain: int = 3\n"
         "@OBJECTIVES.register('mine', options=O)\nclass Mine: ...\n",
-        "declare plain by option(DEFAULT, HELP)",
+        "declare plain with option(DEFAULT, HELP)",
     ),
     "default without a type of a key": (
         "@dataclass\nclass O:\n    table: object = option(None, 'Mine.')\n"

@@ -244,7 +244,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ({"data.weights": "1,2"}, "--config.data.weights has 2 numbers for 1 corpora"),
         ({"data.weights": "0"}, "every weight must be above 0"),
         ({"data.weights": "nan"}, "every weight must be above 0"),
-        ({"parallel.mesh.fsdp": "-1"}, "at most one of them is -1"),
+        ({"parallel.mesh.fsdp": "-1"}, "at most one may be -1"),
         ({"parallel.mesh.tensor": "0"}, "sizes must be 1 or more"),
     ],
 )

@@ -60,7 +60,7 @@ def test_sources_become_targets(run, tmp_path):
     assert rows[0] == {key: pytest.approx(value) for key, value in made.items()}
     assert [row["source"] for row in rows] == ["abab", "b"]
 
-    assert "another command (beam_size: 1 → 2)" in run(*files, "--config.decode.beam_size=2")
+    assert "different settings (beam_size: 1 → 2)" in run(*files, "--config.decode.beam_size=2")
     (tmp_path / "out.jsonl").unlink()
     run(*files, "--config.decode.beam_size=2", "--n_best", 2, "--config.decode.banned=ab")
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -67,7 +67,7 @@ def test_inputs_may_get_more_at_the_end_only(output):
 
 def test_what_another_command_made_is_left_alone(output):
     run(output)
-    with pytest.raises(UserError, match=r"another command \(beam_size: 5 → 4; new: None → 1\)"):
+    with pytest.raises(UserError, match=r"different settings \(beam_size: 5 → 4; new: None → 1\)"):
         run(output, made_by={"step": 3, "beam_size": 4, "new": 1})
     about = output.with_name("out.txt.json")
     about.write_text("{")

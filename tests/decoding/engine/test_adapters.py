@@ -105,7 +105,7 @@ def test_vectors_are_those_of_the_adapter(runs):
     ("base", "name", "words"),
     [
         ("base", "norms", "differs from the base"),
-        ("base", "base", "no low-rank adapter"),
+        ("base", "base", "no LoRA adapter"),
         ("base", "missing", "no checkpoint"),
     ],
 )
