@@ -163,8 +163,7 @@ def _fill(template: str, fields: Mapping[str, str]) -> str:
         return template.replace(r"\n", "\n").format_map(fields)
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise UserError(
-            f"--config.safety.templates: {template!r} uses an unknown field (known: "
-            f"{', '.join(fields)})"
+            f"--config.safety.templates: {template!r} is invalid; known fields: {', '.join(fields)}"
         ) from error
 
 
