@@ -280,7 +280,7 @@ def test_a_run_is_evaluated_at_its_steps_and_on_any_text(trained, capsys, tmp_pa
     assert other[f"eval/{source}/loss"] != newest["eval/validation/loss"]
     wrong = {
         ("--step", "1"): "no checkpoint of step 1 in",
-        ("--step", "2,x"): "is no list of steps",
+        ("--step", "2,x"): "is not a list of steps",
         ("--step", "2", "--best"): "give one of them",
         ("--source", source, "--split", "test"): "give one of them",
         ("--source", ""): "is empty",

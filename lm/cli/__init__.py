@@ -82,7 +82,7 @@ def _set_up_jax(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
         if devices > 1:
-            # Programs from JAX's cache do not order collectives: with few threads they deadlock.
+            # Cached CPU programs do not order collectives, and deadlock with few threads.
             os.environ.setdefault("PJRT_NPROC", str(max(4 * devices, os.cpu_count() or 1)))
     if hasattr(args, "coordinator"):
         from lm.parallel.hosts import initialize_distributed

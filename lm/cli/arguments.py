@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         key = re.search(r"unrecognized.* (--)?(\w+(\.\w+)+)(?(1)|=)", message)
-        hint = f"a key of the configuration is --config.{key[2]}=VALUE; " if key else ""
+        hint = f"configuration keys are written --config.{key[2]}=VALUE; " if key else ""
         raise UserError(f"{self.prog}: {message}; {hint}see {self.prog} --help")
 
 
@@ -76,7 +76,7 @@ def parse(
     if args.verb == "launch" and command is None:
         raise UserError("lm launch needs a command: lm launch --processes N -- train …")
     if args.verb not in ("launch", "sweep") and command is not None:
-        raise UserError(f"lm {args.verb} takes nothing after --")
+        raise UserError(f"lm {args.verb} takes no arguments after --")
     args.command = command
     return args, overrides
 
@@ -223,7 +223,7 @@ def at_least(low: int | float) -> Callable[[str], int | float]:
     def parse(text: str) -> int | float:
         value = type(low)(text)
         if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
         return value
 
     parse.__name__ = "integer" if isinstance(low, int) else "number"
@@ -242,7 +242,7 @@ def probability(text: str) -> float:
     """Parse a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and at most 1")
     return value
 
 

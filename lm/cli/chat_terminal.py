@@ -88,7 +88,7 @@ class Terminal:
         run, about = COMMANDS[name]
         takes = about.split(":")[0].split()
         if bool(argument.strip()) != (len(takes) > 0) and takes != ["[TEXT]"]:
-            raise UserError(f"{name} {takes[0]}" if takes else f"{name} takes nothing more")
+            raise UserError(f"{name} {takes[0]}" if takes else f"{name} takes no argument")
         run(self, argument.strip())
 
     def _print(self, parts: Generator[str]) -> None:
@@ -96,7 +96,7 @@ class Terminal:
         if self._session.n_forgotten > self._n_forgotten:
             number = self._session.n_forgotten
             oldest = "oldest turn" if number == 1 else f"{number} oldest turns"
-            self._tell(f"note: the model forgets the {oldest}; the context has no room for more")
+            self._tell(f"note: the context is full; the model no longer sees the {oldest}")
         self._n_forgotten = self._session.n_forgotten
         try:
             with closing(parts):
@@ -159,10 +159,10 @@ def _path(text: str) -> Path:
 COMMANDS: dict[str, tuple[Callable[[Terminal, str], None], str]] = {
     "/help": (Terminal._help, ":this list"),
     "/exit": (Terminal._exit, ":leave"),
-    "/reset": (Terminal._reset, ":forget all that was said"),
-    "/regenerate": (Terminal._regenerate, ":answer the last message again"),
-    "/undo": (Terminal._undo, ":take the last message and its answer back"),
+    "/reset": (Terminal._reset, ":clear the conversation"),
+    "/regenerate": (Terminal._regenerate, ":regenerate the last answer"),
+    "/undo": (Terminal._undo, ":remove the last message and its answer"),
     "/system": (Terminal._system, f"[TEXT]:set the system prompt, {_NOTHING} for none, or show it"),
-    "/save": (Terminal._save, "FILE:write the conversation, a row of chat data"),
-    "/load": (Terminal._load, "FILE:go on with the first conversation of a .jsonl file"),
+    "/save": (Terminal._save, "FILE:save the conversation as a row of chat data"),
+    "/load": (Terminal._load, "FILE:continue the first conversation of a .jsonl file"),
 }

@@ -46,7 +46,7 @@ def add_code_arguments(parser: Parser) -> None:
 def _numbers(text: str) -> list[int]:
     values = text.split(",")
     if not all(value.isdecimal() and int(value) for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 1,10")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 1,10")
     return [int(value) for value in values]
 
 
@@ -65,7 +65,7 @@ def evaluate_code(args: argparse.Namespace, overrides: Overrides) -> int:
     from lm.storage import open_run_folder, storage_path
 
     if len(args.step or ()) > 1:
-        raise UserError("--code evaluates a single checkpoint: give one --step")
+        raise UserError("--code evaluates a single checkpoint: give a single --step")
     file = Path(args.code)
     problems = read_problems(file)[: args.limit]
     name = file.name.split(".")[0]

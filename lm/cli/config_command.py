@@ -32,7 +32,7 @@ def used_keys(args: argparse.Namespace) -> Patterns:
 def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the command; return the exit code."""
     config = configs.load_config(args.config, overrides) if args.config else None
-    if args.keys:  # including those of plug-ins that the configuration imports
+    if args.keys:  # including keys of plug-ins that the configuration imports
         for path, key in SCHEMA.items():
             choices = f" [{', '.join(key.choices)}]" if key.choices else ""
             print(f"{path} = {key.default!r}\n    {key.help}{choices}")

@@ -109,7 +109,7 @@ _OF_SAFETY = ("safety.*", "decode.*", "data.*", "-data.tokenizer*", "-data.batch
 def _steps(text: str) -> list[int]:
     steps = text.split(",")
     if not all(is_step(step) for step in steps):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of steps, such as 100,200")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of steps, such as 100,200")
     return list(dict.fromkeys(map(int, steps)))
 
 
@@ -192,7 +192,7 @@ def _open_run(args: argparse.Namespace, overrides: Overrides, **options: Any) ->
 def _evaluated(args: argparse.Namespace, overrides: Overrides) -> tuple[str, Overrides]:
     """Return the split to open, and overrides for --source."""
     if "data.tokenizer" in overrides:
-        raise UserError("--config.data.tokenizer: a run is evaluated with its own tokenizer")
+        raise UserError("--config.data.tokenizer: runs are evaluated with their own tokenizer")
     if args.output and not args.task:
         raise UserError("--output needs --task, whose report it is for")
     if args.step and args.best:

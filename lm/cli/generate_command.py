@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     inputs: Sequence[Any] = prompts
     if template:
         inputs = [chat_of({"prompt": prompt}, args.system) for prompt in prompts]
-    if searches or guard or best_of:  # these judge complete outputs
+    if searches or guard or best_of:  # guards and reward models judge complete outputs
         sampled = None if searches else sampling
         options: Any = {"stop": args.stop, "best_of": best_of, "template": template}
         found = generate_texts(experiment, params, tokenizer, inputs, sampled, args.seed, **options)

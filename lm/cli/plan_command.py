@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
     """Run the command; return the exit code."""
     modes = [name for name in ("decode", "serve", "search") if getattr(args, name)]
     if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} are different plans; leave out one")
+        raise UserError(f"--{modes[0]} and --{modes[1]} are different plans; give only one")
     for mode, names in OPTIONS.items():
         given = [name for name in names if getattr(args, name) is not None]
         if given and mode not in modes:

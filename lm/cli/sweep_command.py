@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, overrides: Overrides) -> int:
 
     folder, words = resolve_path(args.workdir), tuple(args.command or ())
     if not isinstance(folder, Path):
-        raise UserError("lm sweep: --workdir is a folder of this machine, or one that it mounts")
+        raise UserError("lm sweep: --workdir must be a local or mounted folder")
     loaded, runs = load_sweep(args.config, folder, overrides, words)
     parallel = args.parallel or (max(1, len(runs)) if args.launcher == "slurm" else 1)
     launcher_of = partial(

@@ -90,7 +90,7 @@ def _shown(path: str, used: Patterns) -> str:
     """Describe the keys used instead: keys of the same section, and names of other sections."""
     keys = [known for known in SCHEMA if is_used(known, used)]
     if not keys:
-        return "it reads what it is given as it is"
+        return "it has no configuration keys for its input"
     section = path.partition(".")[0]
     near = [known for known in keys if known.partition(".")[0] == section]
     others = dict.fromkeys(known.partition(".")[0] for known in keys if known not in near)

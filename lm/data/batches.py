@@ -198,7 +198,7 @@ def prefetch(
     def prepare() -> None:
         for steps in takewhile(lambda _: not ended.is_set(), dispatches):
             ready.put(to_device(batches, steps, shardings))
-            # Poll, because a thread that wakes another one may lose its core to it.
+            # Poll: waking a waiting thread may preempt this one.
             while ready.qsize() >= depth and not ended.is_set():
                 wanted.wait(0.005)
                 wanted.clear()

@@ -128,7 +128,7 @@ def _find(cache: Path, digests: dict[str, set[str]]) -> Iterator[Unneeded]:
         name, digest = (str(manifest.get(key)) for key in ("source", "source_digest"))
         if digest not in digests.get(name, {digest}):
             found = _look(
-                file.parent, f"{name} has other contents or settings now", _files_of(manifest)
+                file.parent, f"{name} has changed contents or settings", _files_of(manifest)
             )
             yield found
             if not found.kept:
@@ -136,12 +136,12 @@ def _find(cache: Path, digests: dict[str, set[str]]) -> Iterator[Unneeded]:
         needed.add(str(manifest.get("folder")))
     for folder in sorted(cache.glob("stores/*.shards")):
         if folder.name not in needed:
-            yield _look(folder, "no manifest names it", _SHARDS, unknown)
+            yield _look(folder, "no manifest refers to it", _SHARDS, unknown)
     for folder in sorted(cache.glob("stores/*.counts")):
-        yield _look(folder, "counts for a build that has ended", _COUNTS)
+        yield _look(folder, "document counts of a finished build", _COUNTS)
     for parent in _PLACES:
         for folder in sorted(cache.glob(f"{parent}/*.partial")):
-            yield _look(folder, "a build that was interrupted", _ANY)
+            yield _look(folder, "an interrupted build", _ANY)
 
 
 def _files_of(manifest: dict[str, Any]) -> re.Pattern[str]:
@@ -162,7 +162,7 @@ def _look_inside(folder: Path, reason: str, names: re.Pattern[str], kept: str = 
             temporary = _TEMPORARY.fullmatch(file.name)
             is_own = names.fullmatch(temporary[1] if temporary else file.name)
             if not (is_own and stat.S_ISREG(status.st_mode)):
-                problem = f"{file.name} in it is not of the cache's making"
+                problem = f"{file.name} in it was not written by the cache"
             files.append(file)
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
@@ -181,7 +181,7 @@ def _foreign(folder: Path) -> str:
     is_own = folder.is_dir() and bool(_NAME.fullmatch(folder.name))
     if folder.suffix == ".partial":
         is_own = is_own and _lock_of(folder).is_file() and not _lock_of(folder).is_symlink()
-    return "" if is_own else "not of the cache's making"
+    return "" if is_own else "not written by the cache"
 
 
 def _lock_of(folder: Path) -> Path:
@@ -193,7 +193,7 @@ def _no_build(folder: Path) -> Iterator[None]:
     """Hold the build lock of a folder, if it has one; UserError if it is being built."""
     with ExitStack() as held:
         if not _foreign(folder) and _lock_of(folder).is_file():
-            held.enter_context(lock(_lock_of(folder), "a process builds it", seconds=-1.0))
+            held.enter_context(lock(_lock_of(folder), "a process is building it", seconds=-1.0))
         yield
 
 

@@ -48,7 +48,7 @@ def refuse_compressed(start: bytes, path: Path) -> None:
     kind = _kind(start)
     if kind:
         ending = next((ending for ending, name in ENDINGS.items() if name == kind), "")
-        advice = f"give its name the ending {ending}" if ending else "use gzip and .gz"
+        advice = f"rename it to end in {ending}" if ending else "use gzip and .gz"
         raise UserError(f"{path}: compressed ({kind}): decompress it, or {advice}")
 
 
@@ -112,7 +112,7 @@ class Decompressed(io.BufferedIOBase):
         """Return remaining output at the end of the file."""
         found = self._decompress(size) if self._decompressor else b""
         if self._decompressor and not found:
-            raise self._damage("it ends too early")
+            raise self._damage("it is truncated")
         return found
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ class Decompressed(io.BufferedIOBase):
         try:
             found = self._decompressor.decompress(self._input, size)
         except self._errors as error:
-            problem = str(error) if self._begins else f"its content is no {self._kind}"
+            problem = str(error) if self._begins else f"its content is not {self._kind}"
             raise self._damage(problem) from error
         self._input = b""
         if not self._place:

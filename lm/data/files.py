@@ -119,7 +119,7 @@ def find_files(pattern: str, data: Any) -> tuple[Path, ...]:
     for path in sorted(found, key=Path.is_symlink):
         real = os.path.realpath(path)
         if real in files:
-            tell_once(f"the same file as {files[real]}, read once", path)
+            tell_once(f"is the same file as {files[real]}; reading it once", path)
         else:
             files[real] = path
             forget_file(path)
@@ -172,7 +172,7 @@ def without_mark(text: str, path: Path) -> str:
     """Drop the byte order mark at the start of a file's text, with a message once."""
     if not text.startswith("\ufeff"):
         return text
-    tell_once("the byte order mark at its start is left out", path)
+    tell_once("skipping the byte order mark at its start", path)
     return text[1:]
 
 

@@ -48,7 +48,7 @@ class HeldOut:
 
     @cached_property
     def digest(self) -> str:
-        by_seed = (self.seed,) if self.seed else ()  # digests of earlier versions stay
+        by_seed = (self.seed,) if self.seed else ()  # keep the digests of earlier versions
         parts = (self.corpus.digest, "held out at random", self.fraction, self.split, *by_seed)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -68,7 +68,7 @@ class Schedule:
         return self._at_pieces[piece] + after * (shares[piece] + 0.5 * slopes[piece] * after)
 
     def _times(self, part: int, examples: np.ndarray) -> np.ndarray:
-        """Return the times of some examples of a part: where C(t) equals their index + 1/2."""
+        """Return the times of some examples of a part, at which C(t) equals their index + 1/2."""
         rows, shares, slopes = self._pieces
         wanted = examples + 0.5
         piece = np.searchsorted(self._at_pieces[:, part], wanted, side="left") - 1

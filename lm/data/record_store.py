@@ -212,9 +212,9 @@ def what_was_cut(manifest: RecordManifest) -> str:
     """Describe how many conversations of a store were cut or dropped."""
     n = manifest.n_rows + manifest.n_dropped
     return (
-        f"of {n:,} conversations {manifest.n_cut:,} cut after a turn and {manifest.n_dropped:,} "
-        f"dropped, for more than {manifest.length:,} tokens: {manifest.n_lost:,} tokens to be "
-        "learned are lost"
+        f"of {n:,} conversations {manifest.n_cut:,} were truncated after a turn and "
+        f"{manifest.n_dropped:,} dropped, for exceeding {manifest.length:,} tokens: "
+        f"{manifest.n_lost:,} target tokens are lost"
     )
 
 

@@ -188,7 +188,7 @@ class Records:
         if "label" in record and not self.multi_label:
             record["label"] = self._check_label(record["label"])
         if "words" in record and "context" in record:
-            raise BadRow("a record has words or a context, not both")
+            raise BadRow("a record must have either words or a context")
         if "words" in record and "tags" in record:
             words, tags = split_words(record["words"]), split_words(record["tags"])
             if len(words) != len(tags):
@@ -518,7 +518,7 @@ def _parallel_rows(first: Path, second: Path) -> Iterator[Row]:
             yield Row(f"{first}:{source[0]}", values)
         else:
             longer, shorter, line = (first, second, source) if source else (second, first, target)
-            yield Row(f"{longer}:{line[0]}", {}, f"no line of {shorter} goes with it")
+            yield Row(f"{longer}:{line[0]}", {}, f"{shorter} has no line for it")
 
 
 def _conll_rows(path: Path) -> Iterator[Row]:
@@ -528,7 +528,9 @@ def _conll_rows(path: Path) -> Iterator[Row]:
         cells = split_words(line)
         if cells and cells[0] != "-DOCSTART-":
             start = start if pairs or problem else number
-            problem = problem if len(cells) > 1 else f"line {number} is not a word and its tag"
+            problem = (
+                problem if len(cells) > 1 else f"line {number} is not a word followed by a tag"
+            )
             pairs.append((cells[0], cells[-1]))
         elif pairs:
             words, tags = (" ".join(column) for column in zip(*pairs, strict=True))

@@ -189,7 +189,7 @@ class _Claims:
             while not ended.wait(RENEW_SECONDS):
                 try:
                     if not self._holds(task.name):
-                        return  # taken over while this process stalled; both write the same
+                        return  # taken over while this process stalled; both write the same file
                     beat += 1
                     self._folder.write(task.name + _CLAIM, self._content(beat, done[0]))
                 except (OSError, UserError):
@@ -256,7 +256,7 @@ def _work_in_processes(
                     _tell_of_killed(worker.process.exitcode, len(alive))
     finally:
         for worker in alive:
-            worker.process.kill()  # its file does not exist yet, and its claim expires
+            worker.process.kill()  # its file does not exist yet; its claim will expire
             worker.process.join()
 
 
@@ -274,7 +274,7 @@ def _tell_of_killed(code: int, n_left: int) -> None:
     advice = "perhaps for lack of memory: use fewer --config.data.workers"
     if not n_left:
         raise UserError(f"a tokenizing process was killed, {advice}")
-    line = f"a tokenizing process was killed ({advice}); {n_left} go on"
+    line = f"a tokenizing process was killed ({advice}); {n_left} continue"
     print(line, file=sys.stderr, flush=True)
 
 

@@ -255,12 +255,12 @@ def _read(folder: Path) -> Tokenizer:
         about = read_json(folder / "about.json")
         kind, names = about.get("kind"), about.get("files")
         if not isinstance(kind, str) or kind not in TOKENIZERS:
-            raise DamagedFolder("about.json names no kind of tokenizer")
+            raise DamagedFolder("about.json does not name a tokenizer kind")
         if not isinstance(names, list) or not all(_is_file_inside(folder, name) for name in names):
-            raise DamagedFolder("about.json names a file that is not there")
+            raise DamagedFolder("about.json names a missing file")
         files = {name: (folder / name).read_bytes() for name in names}
         if _digest(kind, files) != about.get("digest"):
-            raise DamagedFolder("its files are not those that were saved")
+            raise DamagedFolder("its files were modified after saving")
         return TOKENIZERS[kind].from_files(files)
     except (OSError, UserError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -72,9 +72,9 @@ def load_vectors(path: str | Path) -> WordVectors:
     vectors = np.asarray(numbers).reshape(-1, d)
     if not np.isfinite(vectors).all():
         bad = int(np.argmin(np.isfinite(vectors).all(1)))
-        raise UserError(f"{path}:{start + bad}: the vector has a number that is not finite")
+        raise UserError(f"{path}:{start + bad}: the vector contains a non-finite number")
     if header and len(words) != int(fields[0]):
-        raise UserError(f"{path}:1: announces {fields[0]} words, the file has {len(words)}")
+        raise UserError(f"{path}:1: announces {fields[0]} words, but the file has {len(words)}")
     return WordVectors(tuple(words), vectors)
 
 

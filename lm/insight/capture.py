@@ -37,8 +37,8 @@ _INTERMEDIATES = "intermediates"  # collection that `Stack` stacks over layers
 CAPTURES = {
     "attention": "weights of self-attention [N, B, H, L, L]",
     "cross_attention": "weights of attention to the encoder's output [N, B, H, L, S]",
-    "residual": "residual stream: what enters the first layer, and what leaves each [N+1, B, L, D]",
-    "updates": "what each sublayer adds to the residual stream [N, U, B, L, D]",
+    "residual": "residual stream: input of the first layer and output of each [N+1, B, L, D]",
+    "updates": "output that each sublayer adds to the residual stream [N, U, B, L, D]",
     "neurons": "activations inside the feed-forward layers [N, B, L, F]",
 }
 
@@ -74,9 +74,8 @@ def run_and_capture(
 
     Returns:
         Result of `run`, and captured float32 arrays by name; for an encoder–decoder "encoder/NAME"
-        and "decoder/NAME". Arrays whose shapes differ between layers form a tuple; what a model
-            does
-        not have is omitted.
+        and "decoder/NAME". Arrays whose shapes differ between layers form a tuple; arrays that a
+        model does not have are omitted.
 
     Raises:
         UserError: a name is unknown, or the model is not a Transformer.

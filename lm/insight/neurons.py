@@ -116,7 +116,7 @@ def top_neurons(
             tally.add(number, fires, peaks, columns)
             tokens[stack] = tokens.get(stack, 0) + int(count)
     if not tallies:
-        raise UserError("the model has no dense feed-forward layers, and therefore no neurons")
+        raise UserError("the model has no dense feed-forward layers, so it has no neurons")
     return [
         neuron
         for stack, tally in tallies.items()

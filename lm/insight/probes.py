@@ -142,13 +142,13 @@ def probe(
     train, test = (_at_most(part) for part in parts)
     classes = sorted({span.label for row in train for span in row.spans})
     if len(classes) < 2 or not test:
-        raise UserError(f"{labels}: a probe needs two classes, and records to score it on")
+        raise UserError(f"{labels}: a probe needs two classes, and held-out records")
     if len(classes) > MOST_CLASSES:
         raise UserError(
             f"{labels}: {len(classes)} different labels; at most {MOST_CLASSES} are supported"
         )
     if not any(span.label in classes for row in test for span in row.spans):
-        raise UserError(f"{held_out}: none of its labels occurs in {labels}")
+        raise UserError(f"{held_out}: none of its labels occur in {labels}")
     states = [
         _states(experiment, params, part, name)
         for part, name in ((train, "states"), (test, "held-out states"))

@@ -149,14 +149,14 @@ def make_passage(
     try:
         (text + (target or "")).encode()
     except UnicodeEncodeError:
-        raise UserError("it is not UTF-8") from None
+        raise UserError("it is not valid UTF-8") from None
     objective, has_heads = experiment.objective, has_all_params(experiment, params)
     source: np.ndarray | None = None
     tokens: Any
     mask, n_prefix = -1, 0
     if isinstance(objective, Classification) and not is_encoder_decoder(model):
         if target is not None:
-            raise UserError("a classifier reads one text: it takes no --target")
+            raise UserError("classifiers do not support --target")
         record = Record({}, {"text": tokenizer.encode(text)}, None, None)
         tokens = _checked("prompt", objective.row(record)[0].tolist(), model)
         one = np.zeros(1 if has_heads and objective.labels else 0, np.int32)
@@ -175,7 +175,7 @@ def make_passage(
             tokens, source = source, None
     elif experiment.config.model.family == "encoder":
         if target is not None:
-            raise UserError("encoders take no --target")
+            raise UserError("encoders do not support --target")
         ids = [special.cls, *_with_masks(tokenizer, text, special.mask), special.sep]
         tokens, mask = _checked("prompt", ids, model), special.mask
         targets = [-1 if i == mask else i for i in tokens]
@@ -198,7 +198,7 @@ def _checked(what: str, ids: Sequence[int], model: nn.Module) -> np.ndarray:
     """Validate token ids; UserError if empty, too many, or beyond the vocabulary."""
     most = min(MOST_TOKENS, context_length(model) or MOST_TOKENS)
     if not ids:
-        raise UserError(f"the {what} is empty, and the tokenizer has no token to start with")
+        raise UserError(f"the {what} is empty, and the tokenizer has no start token")
     if len(ids) > most:
         raise UserError(f"the {what} has {len(ids)} tokens; at most {most} can be shown")
     check_ids([ids], model)

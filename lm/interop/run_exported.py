@@ -87,7 +87,7 @@ class Exported:
         used = batch["tokens"].shape[1] if self.pads_left else 0
         most = min(max_new_tokens, self.about["context"] - used)
         if most < 1:
-            raise ValueError(f"no room in the context of {self.about['context']} tokens")
+            raise ValueError(f"nothing fits into the context of {self.about['context']} tokens")
         ends = self.about.get("end_ids", [])
         written: list[list[int]] = [[] for _ in rows]
         ended = np.zeros(len(rows), bool)

@@ -49,7 +49,7 @@ from lm.runs.saved_params import require_empty, restore_run
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 _SCORERS = ("classification", "reward")
 _PREDICTORS = ("token_classification", "span_qa")
-Program = tuple[Callable[..., Any], tuple[str, ...]]  # and the names of its inputs
+Program = tuple[Callable[..., Any], tuple[str, ...]]  # programs, and the names of their inputs
 _TEXT = ("tokens", "segments", "types")
 
 

@@ -246,5 +246,5 @@ def test_a_field_of_a_null_is_a_null(kind, make_data, tmp_path):
 def test_a_file_of_no_bytes_ends_too_early(make_data, tmp_path):
     for content in (b"", b"abcd"):
         (tmp_path / "f.arrow").write_bytes(content)
-        with pytest.raises(UserError, match=r"f\.arrow: damaged arrow file \(it ends too early"):
+        with pytest.raises(UserError, match=r"f\.arrow: damaged arrow file \(it is truncated"):
             _chunks("arrow:f.arrow", make_data())

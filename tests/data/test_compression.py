@@ -113,7 +113,7 @@ def test_empty_files_hold_no_text(make_data, tmp_path, ending):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_plain_names_of_compressed_content_are_refused(tmp_path, ending):
     (tmp_path / "f.txt").write_bytes(COMPRESS[ending](b"some text"))
-    with pytest.raises(UserError, match=rf"f\.txt: compressed \(.*the ending \{ending}"):
+    with pytest.raises(UserError, match=rf"f\.txt: compressed \(.*rename it to end in \{ending}"):
         _read(tmp_path / "f.txt")
 
 

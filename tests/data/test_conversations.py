@@ -124,7 +124,9 @@ def test_a_conversation_is_cut_after_the_last_turn_that_fits(build, write, capsy
         lost = whole.turns[n_kept:]
         assert store.manifest.n_lost == (lost[:, 1] - lost[:, 0]).sum()
         said = capsys.readouterr().err
-        assert ("of 1 conversations 1 cut after a turn and 0 dropped" in said) == (n_kept < 3)
+        assert ("of 1 conversations 1 were truncated after a turn and 0 dropped" in said) == (
+            n_kept < 3
+        )
 
 
 def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, write, capsys):
@@ -134,7 +136,9 @@ def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, writ
     assert [record.raw["messages"] for record in store] == [short]
     assert (store.manifest.n_cut, store.manifest.n_dropped) == (0, 1)
     assert store.manifest.n_lost == len(f"y{END}")
-    assert "of 2 conversations 0 cut after a turn and 1 dropped" in capsys.readouterr().err
+    assert (
+        "of 2 conversations 0 were truncated after a turn and 1 dropped" in capsys.readouterr().err
+    )
     with pytest.raises(UserError, match=r"no turn of any conversation fits into 101 tokens: set"):
         build(write({"messages": long}), length=100)
 

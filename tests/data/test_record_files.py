@@ -90,9 +90,7 @@ def test_lines_without_a_partner_are_bad(tmp_path, first, second, longer):
     assert found[0] == ("a:1", {"source": "1", "target": "1"})
     assert [where for where, _ in found[1:]] == [f"{longer}:2", f"{longer}:3"]
     shorter = "b" if longer == "a" else "a"
-    assert all(
-        problem == f"no line of {tmp_path}/{shorter} goes with it" for _, problem in found[1:]
-    )
+    assert all(problem == f"{tmp_path}/{shorter} has no line for it" for _, problem in found[1:])
 
 
 def squad(*questions):

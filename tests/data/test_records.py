@@ -91,7 +91,7 @@ def squad(context="A b.", **changes):
         ("jsonl:a", '{"text": "", "label": 1}', "/a:1: 'text' is empty", 0),
         ("jsonl:a", '{"text": "x"}\n{"label": 1}', "/a:2: no column 'text' (available: label)", 1),
         ("jsonl:a", '{"text": "x", "label": [1]}', "/a:1: 'label' is of type list", 0),
-        ("parallel:a|b", "one\ntwo", "/a:2: no line of", 1),
+        ("parallel:a|b", "one\ntwo", "/a:2: /", 1),
         ("squad:a", squad(answers=[]), "question 1: no answers", 0),
         (
             "squad:a",

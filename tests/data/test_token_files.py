@@ -168,12 +168,12 @@ def test_documents_are_held_out_and_are_text(token_data, tmp_path):
         (b"", {}, "contains no"),
         (llm_c([2, 1]), {"token_dtype": "uint32"}, "holds uint16, not"),
         (llm_c([2, 1])[:-1], {"token_dtype": ""}, "cut or damaged"),
-        (struct.pack("<256i", 20240520, 9, *[0] * 254), {}, "of an unknown version, 9"),
+        (struct.pack("<256i", 20240520, 9, *[0] * 254), {}, "of unknown version 9"),
         (b"\2\0", {"token_dtype": ""}, "has no header: set --config.data.token_dtype"),
         (b"\2\0", {"end_token": "zzz"}, "the tokenizer has no such token"),
         (b"\2\0", {"end_token": "99"}, "the tokenizer has no such token"),
-        (b"\2\0", {"tokenizer": "words"}, "name the tokenizer that made them"),
-        (b"\2\0", {"tokenizer": "char"}, "name the tokenizer that made them"),
+        (b"\2\0", {"tokenizer": "words"}, "name the tokenizer that produced them"),
+        (b"\2\0", {"tokenizer": "char"}, "name the tokenizer that produced them"),
     ],
 )
 def test_wrong_token_files_are_one_line(token_data, tmp_path, content, changes, words):

@@ -231,7 +231,7 @@ def test_a_changed_or_missing_copy_is_refused(tmp_path):
         load_saved_tokenizer(tmp_path / "none")
     CharTokenizer("abc").save(tmp_path)
     (tmp_path / "alphabet.json").write_text('"abd"')
-    with pytest.raises(UserError, match="not those that were saved"):
+    with pytest.raises(UserError, match="modified after saving"):
         load_saved_tokenizer(tmp_path)
 
 

@@ -121,7 +121,7 @@ def test_a_script_talks(lm, tmp_path):
     said = [message["content"] for message in json.loads(file.read_text())["messages"]]
     assert [said[0], said[2]] == ["hello", "/etc\nis it?"]
     help_of_commands = lm("chat", stdin="/help\n/exit now\n")
-    assert help_of_commands == "error: /exit takes nothing more"
+    assert help_of_commands == "error: /exit takes no argument"
     assert set(chat_terminal.COMMANDS) >= {"/reset", "/regenerate", "/save", "/load", "/undo"}
 
 

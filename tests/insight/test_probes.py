@@ -108,5 +108,5 @@ def test_records_that_no_probe_fits_are_one_line(model, tmp_path, text, message)
 def test_held_out_records_of_other_labels_are_one_line(model, tagged_file, labeled_file):
     experiment, variables = model
     sources = f"conll:{tagged_file}", f"tsv:{labeled_file}"
-    with pytest.raises(UserError, match="none of its labels occurs in conll:"):
+    with pytest.raises(UserError, match="none of its labels occur in conll:"):
         probe(experiment, variables["params"], *sources)

@@ -73,7 +73,7 @@ def test_white_space_within_a_word_does_not_cut_it(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("a.conll", "Ada B-PER\nByron\n", "a.conll:1: line 2 is not a word and its tag"),
+        ("a.conll", "Ada B-PER\nByron\n", "a.conll:1: line 2 is not a word followed by a tag"),
         ("a.conll", "\nAda B-GPE\n", "a.conll:2: label 'B-GPE' is not one of"),
         ("a.conll", "-DOCSTART- O\n\n", "has no usable record"),
         ("a.jsonl", '{"words": ["a", "b"], "tags": ["O"]}\n', "2 words have 1 tags"),

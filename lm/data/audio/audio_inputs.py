@@ -93,6 +93,6 @@ def find_recordings(place: str, data: Any) -> list[str]:
     for row in files.rows():
         name = field_value(row.values, column)
         if not isinstance(name, str):
-            raise UserError(f"{row.where}: {row.problem or 'names no recording'}")
+            raise UserError(f"{row.where}: {row.problem or 'does not name a recording'}")
         found.append(name)
     return found

@@ -62,7 +62,7 @@ def _find(argument: str, data: Any) -> list[Path]:
             try:
                 found.update(find_files(f"{argument.rstrip('/')}/**/{name}", data))
             except UserError:
-                continue  # no file of this kind
+                continue  # not a file of this kind
         if found:
             return sorted(found)
     raise UserError(

@@ -22,7 +22,9 @@ from lm.errors import missing_package
 
 _RATES = range(1000, 768_001)  # Hz; the resampling filter has 20 coefficients for each
 _BLOCK = 2**26  # samples of all channels read at once
-_UNKNOWN = 2**31 - 2**12  # bytes or samples: written by programs that do not know them yet
+_UNKNOWN = (
+    2**31 - 2**12
+)  # sizes in bytes or samples that streaming programs write instead of the real ones
 # libsndfile's note about a WAV or AIFF file that is shorter than its header says.
 _CUT = re.compile(r"(?:data|SSND) : (\d+) \(should be (\d+)\)")
 
@@ -84,12 +86,12 @@ def _read(sound: Any, path: Any, max_seconds: float) -> np.ndarray:
         raise BadRow(f"{path}: longer{length} than {max_seconds:g} s")
     cut = [tuple(map(int, sizes)) for sizes in _CUT.findall(sound.extra_info)]
     if n < sound.frames < _UNKNOWN or any(there < said < _UNKNOWN for said, there in cut):
-        raise BadRow(f"{path}: cut, {n / rate:.2f} s are left")
+        raise BadRow(f"{path}: truncated: only {n / rate:.2f} s can be read")
     if not n:
         raise BadRow(f"{path}: no samples")
     samples = np.concatenate(parts)
     if not np.isfinite(samples).all():
-        raise BadRow(f"{path}: samples that are not finite numbers")
+        raise BadRow(f"{path}: some samples are not finite")
     if rate == SAMPLE_RATE:
         return samples
     divisor = math.gcd(rate, SAMPLE_RATE)

@@ -56,9 +56,9 @@ def extended(tokenizer: Tokenizer, data: Any, default: str = "") -> Tokenizer:
 def _likely_surprises(template: ChatTemplate) -> Iterator[str]:
     """Yield warnings about unexpected behavior of a template."""
     if not template.has_role_tokens:
-        yield "marks turns by words: a message can hold them too, and no token ends an answer"
+        yield "marks turns by words: messages can contain them too, and no token ends an answer"
     if "strftime_now" in template.source:
-        yield "writes the date: stored conversations keep that of the day they were tokenized"
+        yield "contains the current date: stored conversations keep the date of tokenization"
 
 
 def _is_special(tokenizer: Tokenizer, name: str) -> bool:

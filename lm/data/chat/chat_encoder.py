@@ -69,7 +69,7 @@ def role_names(tokenizer: Tokenizer) -> dict[str, str]:
         case FolderTokenizer():
             return {role: name for role, name in tokenizer.special_names.items() if name}
         case WordTokenizer():
-            return {}  # a newline is its eos
+            return {}  # the words tokenizer's eos is a newline
         case _:
             ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
             ids |= {role: tokenizer.role_id(role) for role in ("pad", "cls", "sep", "mask")}
@@ -330,4 +330,4 @@ def _by_decoding(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> Tokens:
 
 def _unavoidable(token: int, tokens: Mapping[str, int]) -> str:
     name = next(name for name, i in tokens.items() if i == token)
-    return f"a message holds {name!r}, which this tokenizer reads as a token in any text"
+    return f"a message contains {name!r}, which this tokenizer parses as a token in any text"

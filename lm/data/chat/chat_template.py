@@ -311,7 +311,7 @@ class ChatTemplate:
 
             try:
                 found = compare(text, outline(other), work.n_owners)
-            except UserError:  # it accepts the messages, but not without these words
+            except UserError:  # the template rejects the messages without these words
                 continue
             if found:
                 if (edged := other.with_other_edges()) != other:
@@ -323,7 +323,8 @@ class ChatTemplate:
                         places[i] = at
                 return found, places
         raise UserError(
-            "the chat template changes the text of messages so that it cannot be told from its own"
+            "the chat template changes the text of messages so that it cannot be "
+            "distinguished from its own"
         )
 
     # --- attribution of characters to messages

@@ -111,7 +111,7 @@ class ConversationEncoder:
         messages = record["messages"]
         chat = encode_messages(self.template, messages, record.get("tools"))
         if not len(chat.turns):
-            raise BadRow("the chat template shows nothing that the assistant says")
+            raise BadRow("the chat template drops all text of the assistant")
         fitting = chat.turns[chat.turns[:, 1] <= self.length]
         if len(chat.ids) <= self.length:
             fitting = chat.turns

@@ -74,7 +74,7 @@ def conversation_of(values: Mapping[str, Any]) -> Conversation:
     if not messages:
         raise BadRow("no messages")
     if not any(is_target_message(message) and says_something(message) for message in messages):
-        raise BadRow("no message of the assistant to learn from")
+        raise BadRow("no assistant message to train on")
     return Conversation(messages, tools_of(values))
 
 
@@ -234,7 +234,7 @@ def _as_json(where: str, value: Any) -> Any:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{where} is not UTF-8: half of a surrogate pair") from error
+        raise BadRow(f"{where} is not valid UTF-8: it contains a lone surrogate") from error
     return json.loads(text)
 
 

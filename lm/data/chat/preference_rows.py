@@ -138,7 +138,7 @@ def pair_of(values: Mapping[str, Any]) -> Fields:
     for name, completion in (("chosen", chosen), ("rejected", rejected)):
         _require_text(name, completion)
     if chosen == rejected:
-        raise BadRow("chosen and rejected are the same")
+        raise BadRow("chosen and rejected are equal")
     margin = {}
     if "margin" in values:
         try:
@@ -178,7 +178,7 @@ def _require_text(name: str, completion: Text) -> None:
     else:
         says = any(map(says_something, completion))
         if completion and completion[-1]["role"] != "assistant":
-            raise BadRow(f"{name!r} does not end with a message of the assistant")
+            raise BadRow(f"{name!r} does not end with an assistant message")
     if not says:
         raise BadRow(f"{name!r} is empty")
 

@@ -288,7 +288,7 @@ class ArrowFiles(ColumnFiles):
         else:
             file.seek(max(file.seek(0, 2) - 8, 0))
             if not file.read(8).endswith(_END_OF_STREAM):
-                raise ValueError("it ends too early, or is no stream of Arrow")
+                raise ValueError("it is truncated, or not an Arrow stream")
             file.seek(0)
             reader = pa.ipc.open_stream(file)
             batches = iter(reader)
@@ -403,7 +403,7 @@ def as_question(row: Row) -> Row:
             )
         ]
     except (KeyError, TypeError, ValueError) as error:
-        return row._replace(problem=row.problem or f"no answers of SQuAD ({error})")
+        return row._replace(problem=row.problem or f"invalid SQuAD answers ({error})")
     return row._replace(values={**values, "answers": answers, "is_impossible": not answers})
 
 

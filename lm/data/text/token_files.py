@@ -82,7 +82,7 @@ class TokenFiles(DocumentSource):
         self.name, self.data = f"{self.kind}:{argument}", data
         if is_fitted(data.tokenizer):
             raise UserError(
-                f"{self.name} holds tokens: name the tokenizer that made them, such as "
+                f"{self.name} contains token ids: name the tokenizer that produced them, such as "
                 f"--config.data.tokenizer=gpt2:FOLDER, instead of {data.tokenizer}"
             )
         self.files = self._find(argument)
@@ -198,7 +198,7 @@ class NanogptFiles(TokenFiles):
         magic, version, n = struct.unpack("<3i", header[:12].ljust(12, b"\0"))
         dtype = _HEADERS.get((magic, version))
         if dtype is None and magic in dict(_HEADERS.keys()):
-            raise UserError(f"{path}: has a header of llm.c of an unknown version, {version}")
+            raise UserError(f"{path}: has an llm.c header of unknown version {version}")
         if dtype is None:
             if not stated:
                 raise UserError(
@@ -213,7 +213,8 @@ class NanogptFiles(TokenFiles):
             raise UserError(f"{path}: holds {dtype}, not --config.data.token_dtype={stated}")
         if size != _HEADER_BYTES + n * np.dtype(dtype).itemsize:
             raise UserError(
-                f"{path}: cut or damaged: its {size} bytes are not those of {n} {dtype}"
+                f"{path}: truncated or damaged: it has {size} bytes instead of those of {n} "
+                f"{dtype} tokens"
             )
         return TokenRun(path, dtype, _HEADER_BYTES, n)
 
@@ -306,8 +307,8 @@ def _read(run: TokenRun, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
                 raise UserError(
                     f"{run.path}: token {number} (byte {run.start + number * dtype.itemsize}) is "
                     f"{tokens[bad[0]]}, beyond the {tokenizer.vocab_size} ids of "
-                    "--config.data.tokenizer: another tokenizer, or another data.token_dtype, "
-                    "wrote this file"
+                    "--config.data.tokenizer: the file was written with a different "
+                    "tokenizer or data.token_dtype"
                 )
             place += len(tokens)
             yield tokens

@@ -199,7 +199,9 @@ class FolderTokenizer(Tokenizer):
             content = about.get("content") if isinstance(about, dict) else None
             is_id = re.fullmatch("[0-9]{1,8}", number) and int(number) < _MOST_IDS
             if not is_id or not isinstance(content, str):
-                raise UserError(f"{place}: {number[:20]!r} is not an id with its content")
+                raise UserError(
+                    f"{place}: {number[:20]!r} is not an id with an object as its content"
+                )
             flags = {
                 name: about.get(name, default)
                 for name, default in (

@@ -236,7 +236,7 @@ def read_merges(content: bytes) -> list[tuple[str, str]]:
             continue
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
-            raise UserError(f"line {number} is not two pieces with a space between them")
+            raise UserError(f"line {number} is not two pieces separated by a space")
         merges.append((left, right))
     return merges
 

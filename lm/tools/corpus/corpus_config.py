@@ -26,7 +26,7 @@ from lm.tools.corpus.corpus_rules import BY_LANGUAGE, RULES
 from lm.tools.corpus.corpus_sources import SOURCE_KEYS, NamedSource
 
 FORMATS = ("jsonl.gz", "jsonl.zst", "jsonl", "parquet")
-WORDS = "unicode"  # value of `words` that needs no package; others are datatrove's languages
+WORDS = "unicode"  # value of `words` that needs no package; other values are languages of datatrove
 
 # Sections and keys of every configuration, with their defaults.
 DEFAULTS: dict[str, Any] = {

@@ -181,14 +181,16 @@ def _exact_duplicates(context: RuleContext) -> PlannedRule:
 
 
 class NearDuplicates(MinhashDedupFilter):
-    """Filter that records the cluster, or its absence, also in tasks without removals."""
+    """Near-duplicate filter that records clusters, or their absence, in every task."""
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         removals = f"{rank:06d}.remove"
         if self.data_folder.isfile(f"{rank:06d}.clusters") and not self.data_folder.isfile(
             removals
         ):
-            self.data_folder.open(removals, "wb").close()  # otherwise datatrove reads no clusters
+            self.data_folder.open(
+                removals, "wb"
+            ).close()  # datatrove would otherwise skip reading clusters
         for document in super().run(data, rank, world_size):
             document.metadata.setdefault(CLUSTER, NO_CLUSTER)
             yield document
@@ -244,7 +246,7 @@ def _sample(
     if not 0 < fraction <= 1:
         raise UserError(f"fraction={fraction} is not above 0 and at most 1")
     if documents < 0 or (documents and fraction < 1):
-        raise UserError("give fraction or documents, a number above 0")
+        raise UserError("set either fraction or documents to a number above 0")
     if not documents:
         return PlannedRule(Sample(fraction, seed))
     limit = SampleLimit(context.folder, documents)
@@ -257,24 +259,24 @@ def _sample(
 
 RULES: dict[str, RuleKind] = {
     "language": _of_block(Language, "Keep documents in some languages (py3langid)."),
-    "c4_quality": _by_language(
-        C4QualityFilter, "C4's rules: cuts lines, removes documents.", ENGLISH
-    ),
+    "c4_quality": _by_language(C4QualityFilter, "C4's rules: remove lines and documents.", ENGLISH),
     "c4_paragraphs": _by_language(
         C4ParagraphFilter, "mC4's rule: 3 paragraphs of 200 characters.", ()
     ),
     "gopher_quality": _by_language(
-        GopherQualityFilter, "Gopher's rules of words, lines and symbols.", ENGLISH
+        GopherQualityFilter, "Gopher's rules on words, lines and symbols.", ENGLISH
     ),
-    "gopher_repetition": _by_language(GopherRepetitionFilter, "Gopher's rules of repetition.", ()),
-    "fineweb_quality": _by_language(FineWebQualityFilter, "FineWeb's rules of lines.", ENGLISH),
+    "gopher_repetition": _by_language(GopherRepetitionFilter, "Gopher's rules on repetition.", ()),
+    "fineweb_quality": _by_language(FineWebQualityFilter, "FineWeb's rules on lines.", ENGLISH),
     "personal_data": _of_block(PersonalData, "Mask e-mail, IP, phone, card numbers and IBANs."),
-    "banned_words": _of_block(BannedWords, "Remove documents with a word of a file."),
-    "classifier": _of_block(Classifier, "Remove documents of classes by a run of `lm train`."),
-    "exact_duplicates": _of_function(_exact_duplicates, "Keep one of equal documents."),
+    "banned_words": _of_block(BannedWords, "Remove documents with a word from a word list."),
+    "classifier": _of_block(
+        Classifier, "Remove documents by class, predicted by a classifier run of `lm train`."
+    ),
+    "exact_duplicates": _of_function(_exact_duplicates, "Remove exact duplicates."),
     "near_duplicates": _of_function(
         _near_duplicates,
-        "Keep one of similar documents (MinHash, num_buckets × hashes_per_bucket).",
+        "Remove near duplicates (MinHash, num_buckets × hashes_per_bucket).",
     ),
     "decontamination": _of_function(
         _decontamination, "Remove documents with n-grams or short texts of the test sets."

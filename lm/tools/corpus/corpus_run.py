@@ -105,7 +105,7 @@ def _locked(folder: DataFolder) -> Iterator[None]:
         Path(folder.path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder.path} cannot be created: {error.strerror}") from error
-    with lock(Path(folder.path) / ".lock", f"another `lm corpus` works in {folder.path}"):
+    with lock(Path(folder.path) / ".lock", f"another `lm corpus` is running in {folder.path}"):
         yield
 
 
@@ -284,7 +284,7 @@ def _run_on_ray(
 def _error_of(folder: DataFolder, rank: int) -> str:
     name = f"errors/{rank:05d}"
     if not folder.isfile(name):
-        return f"task {rank} did not end; see {folder.resolve_paths('logs')}"
+        return f"task {rank} did not finish; see {folder.resolve_paths('logs')}"
     with folder.open(name, "r") as file:
         return file.read()
 

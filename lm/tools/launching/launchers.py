@@ -153,7 +153,7 @@ class Slurm:
     def start(self, run: SweepRun, words: Sequence[str], slot: int) -> Job:
         done = subprocess.run(self.command(run, words, slot), capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"sbatch refused run {run.name}: {done.stderr.strip()}")
+            raise UserError(f"sbatch rejected run {run.name}: {done.stderr.strip()}")
         return SlurmJob(done.stdout.strip().partition(";")[0])
 
     def find(self, note: str) -> Job | None:
@@ -206,10 +206,10 @@ def make_launcher(
         words = tuple(shlex.split(options))
     except ValueError as error:
         problem = str(error).lower()
-        raise UserError(f"--launcher_options {options}: not shell words ({problem})") from None
+        raise UserError(f"--launcher_options {options}: invalid shell syntax ({problem})") from None
     if kind == "local":
         if words:
-            raise UserError("--launcher_options is for --launcher slurm or tpu")
+            raise UserError("--launcher_options needs --launcher slurm or tpu")
         return Local(parallel, n_gpus, keep_open=keep_open)
     return Slurm(words) if kind == "slurm" else Tpu(words, keep_open)
 

@@ -168,7 +168,7 @@ def _wait(children: Sequence[Child], stop: StopRequest) -> ExitStatus:
             if time.monotonic() - first_exit > LEAVE_SECONDS:
                 late, first = codes.index(None), min(exited)
                 return ExitStatus(
-                    1, f"process {late} still runs {LEAVE_SECONDS:g} s after process {first}"
+                    1, f"process {late} is still running {LEAVE_SECONDS:g} s after process {first}"
                 )
         if stop and not passed_on:
             passed_on = True

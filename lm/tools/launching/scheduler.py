@@ -256,7 +256,7 @@ def keep_best(
     n = math.ceil(len(ranked) / halving.factor)
     kept = {status.run.name for status in ranked[:n]}
     dropped = [
-        (s, f"step {rung}: {halving.metric} {values[s.run.name]} is not among the best {n}")
+        (s, f"step {rung}: {halving.metric} {values[s.run.name]} is not among the {n} best")
         for s in ranked[n:]
     ]
     return [status for status in alive if status.run.name in kept], dropped

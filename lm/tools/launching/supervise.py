@@ -65,7 +65,7 @@ def supervise(
         status = attempt()
         if status.code in (0, RESUMABLE, USER_ERROR):
             if status.code == USER_ERROR:
-                report(f"error: {status.cause}; not started again")
+                report(f"error: {status.cause}; not restarted")
             return status.code
         if stop:
             report(f"asked to stop: {status.cause}; the same command continues")

@@ -1,4 +1,4 @@
-"""Kernel selection for devices that are described but not present.
+"""Kernel selection for device descriptions, without the hardware.
 
 Kernel libraries, and our layers when traced without a mesh, query this process for its devices and
 their capabilities.

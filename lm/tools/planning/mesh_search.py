@@ -119,8 +119,7 @@ def search_meshes(
         n, data = len(target.devices), config.data
         raise UserError(
             f"no mesh of {n} devices fits this configuration: batch size {data.batch_size}, "
-            f"length {data.sequence_length}, layers, width, heads and experts cannot be divided "
-            "among them"
+            f"length {data.sequence_length}, layers, width, heads or experts are not divisible"
         )
     capacity = target.chip.memory or 0
     possible = [c for c in considered if c.estimate.least <= capacity]
@@ -155,7 +154,7 @@ class CandidateQueue:
         self.waiting = list(candidates)
         self._capacity = capacity
         self._too_large: dict[str, float] = {}
-        # Logarithms of actual / estimated; NaN for times of programs that do not fit.
+        # log(actual / estimated); NaN for times of programs that do not fit.
         self._errors: list[tuple[Candidate, np.ndarray]] = []
 
     def take(self) -> Candidate:

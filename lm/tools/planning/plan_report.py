@@ -42,8 +42,8 @@ def _memory(plan: Plan) -> str:
         "optimizer state": m.optimizer,
         "arguments (with the batch)": m.arguments,
         "temporaries": m.temporaries,
-        "  of them gradients, if kept whole": m.gradients,
-        "outputs not in place": m.outputs,
+        "  of which gradients, if materialized": m.gradients,
+        "outputs without donated memory": m.outputs,
         "program": m.code,
         "total": m.total,
         "at the peak": m.needed if m.needed != m.total else None,
@@ -95,9 +95,9 @@ def _collectives(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     compiled = f"compiled in {plan.compile_seconds:.0f} s"
     if plan.time is None:
-        # XLA compiles nothing that is too large.
+        # XLA does not compile a program that is too large.
         ran = plan.compiled_flops is not None
-        reason = "the rates of the chip are unknown" if ran else "there is no program that fits"
+        reason = "the rates of the chip are unknown" if ran else "no program fits"
         return f"{compiled}; no bound on the time: {reason}"
     t = plan.time
     return (

@@ -113,7 +113,7 @@ def compile_lowered(
         start: `time.monotonic` at the start of lowering.
 
     Raises:
-        UserError: the compiler rejects the program for another reason than its memory.
+        UserError: the compiler rejects the program for a reason other than memory.
     """
     try:
         with warnings.catch_warnings():

@@ -164,7 +164,7 @@ def _tpu(name: str, kind: str, chip: Chip, sides: tuple[int, ...], n_slices: int
     if len(sides) != chip.dimensions or max(sides) > chip.longest_side:
         shape = "x".join("N" * chip.dimensions)
         raise UserError(
-            f"--topology {name}: a slice of {kind} is {kind}:{shape}, no side above "
+            f"--topology {name}: a slice of {kind} is {kind}:{shape} with sides up to "
             f"{chip.longest_side}, or an accelerator type ({EXAMPLES}); --slices joins several"
         )
     for variable, value in TPU_VARIABLES.items():

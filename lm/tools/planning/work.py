@@ -172,7 +172,7 @@ def _attention(computation: Computation, call: Instruction) -> int:
     operands = [operand.shapes[0] for operand in computation.operands(call)]
     first = next(i for i, shape in enumerate(operands) if "f" in shape.dtype)
     queries, keys = operands[first].dims, operands[first + 1].dims
-    # The longer of these dimensions is the sequence, in every model worth planning.
+    # Assume that the longer of these dimensions is the sequence.
     sequence = -2 if queries[-2] >= queries[-3] else -3
     length, n_keys = queries[sequence], keys[sequence]
     products, n_pairs = 2, length * n_keys // 2

@@ -69,10 +69,8 @@ def win_rate(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     Returns:
         Counts "answers", "wins" and "losses" of the first run, and "ties"; excluding ties, the
         percentage of wins ("win_rate") with its 95 % interval of Wilson (1927) ("low", "high"), and
-            of
-        choices of the left text ("left"), which is near 50 if the order had no influence. All
-            answers
-        count as independent, even several for one pair.
+        of choices of the left text ("left"), which is near 50 if the order had no influence. All
+        answers count as independent, even several for one pair.
 
     Raises:
         UserError: a file cannot be read, or has no answers to this page.
@@ -100,7 +98,7 @@ def win_rate(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 def _read_key(file: Path) -> dict[str, Any]:
     """Read the key that `write_compare_page` wrote next to the page."""
-    key = _read(file, "no page of lm compare")
+    key = _read(file, "not a page of lm compare")
     runs, first = key.get("runs"), key.get("first")
     has_lists = isinstance(runs, list) and len(runs) == 2 and isinstance(first, list)
     if not has_lists or {*map(repr, key["first"])} - {"0", "1"}:
@@ -112,13 +110,15 @@ def _choices(file: Path, key: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return the choices that a person made, each with the run whose text came first."""
     answers = _read(file, "no answers")
     if answers.get("page") != key.get("page"):
-        raise UserError(f"{file}: no answers to the page of this {KEY}")
+        raise UserError(f"{file}: contains no answers to the page of this {KEY}")
     choices, first = answers.get("choices"), key["first"]
     if not isinstance(choices, list) or len(choices) != len(first):
         raise UserError(f"{file}: 'choices' are not {len(first)}, one per pair")
     for choice in choices:
         if choice is not None and (type(choice) is not int or choice not in (0, 1, 2)):
-            raise UserError(f"{file}: a choice is 1, 2, 0 or null, not {json.dumps(choice)[:40]}")
+            raise UserError(
+                f"{file}: a choice must be 1, 2, 0 or null, not {json.dumps(choice)[:40]}"
+            )
     return [(x, run) for x, run in zip(choices, first, strict=True) if x is not None]
 
 

@@ -67,7 +67,7 @@ def read_texts(file: Path) -> list[Text]:
         if not problem and not isinstance(text, str):
             problem = "no text in a field 'prompt', 'source' or 'text'"
         if not problem and not isinstance(target, str | None):
-            problem = "'target' must be a text"
+            problem = "'target' must be a string"
         if problem:
             raise UserError(f"{row.where}: {problem}")
         assert isinstance(text, str)

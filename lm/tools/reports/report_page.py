@@ -413,7 +413,7 @@ def time_split(runs: Sequence[RunRecord]) -> Any:
         left += share
     axes.set_yticks(range(len(timed)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="% of the time", xlim=(0, 100))
+    axes.set(xlabel="% of wall time", xlim=(0, 100))
     axes.grid(axis="y", visible=False)
     figure.legend(
         *axes.get_legend_handles_labels(),

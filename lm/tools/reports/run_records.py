@@ -294,7 +294,7 @@ def _read_clock(file: Path) -> dict[str, Any]:
     numbers = [clock.get(name, 0) for name in ("starts", "goodput", "steps_computed")]
     numbers += seconds.values() if isinstance(seconds, dict) else [None]
     if not all(_is_number(number) and number >= 0 for number in numbers):
-        raise UserError(f"{file}: damaged (something in it is not a number)")
+        raise UserError(f"{file}: damaged (it contains a value that is not a number)")
     return clock
 
 
@@ -441,7 +441,7 @@ def incidents(run: RunRecord) -> list[str]:
     """Describe restarts, lost steps, loss spikes and stalls, one line each, most severe first."""
     found = list(dict.fromkeys([*run.damage, *([run.problem] if run.problem else [])]))
     if TRAIN_LOSS not in run.curves:
-        return [*found, "no training step was written"]
+        return [*found, "no training step was recorded"]
     loss = run.curves[TRAIN_LOSS]
     if not run.finished and "train.steps" in run.config:
         found.append(f"stopped at step {run.last_step:,} of {run.config['train.steps']:,}")
@@ -449,7 +449,7 @@ def incidents(run: RunRecord) -> list[str]:
         found.append(f"loss not finite at {_steps(loss.steps[~np.isfinite(loss.values)])}")
     if "skipped" in run.curves and run.curves["skipped"].values.any():
         skipped = run.curves["skipped"]
-        found.append(f"update left out at {_steps(skipped.steps[skipped.values > 0])}")
+        found.append(f"update skipped at {_steps(skipped.steps[skipped.values > 0])}")
     found += _restarts(run)
     jumps = loss.steps[spikes(loss.values)]
     if len(jumps):
@@ -461,7 +461,7 @@ def _restarts(run: RunRecord) -> list[str]:
     starts = run.clock.get("starts", 1)
     again = run.clock.get("steps_computed", 0) - run.last_step
     lines = [f"restarted: {starts} starts"] if starts > 1 else []
-    return lines + ([f"{again:,} steps computed again after a restart"] if again > 0 else [])
+    return lines + ([f"{again:,} steps recomputed after a restart"] if again > 0 else [])
 
 
 def _stalls(run: RunRecord) -> list[str]:

@@ -81,7 +81,7 @@ def _row(file: Path, line: int, row: Mapping[str, str]) -> list[float]:
         values = [math.nan]
     if not all(0 < value < math.inf for value in values):
         shown = ", ".join(f"{column}={row[column]!r}" for column in COLUMNS)
-        raise UserError(f"--runs {file}, line {line}: not three positive numbers: {shown}")
+        raise UserError(f"--runs {file}, line {line}: expected three positive numbers: {shown}")
     return values
 
 
@@ -167,7 +167,7 @@ class _Problem:
         return float(value), np.array(gradient)
 
     def starts(self) -> list[np.ndarray]:
-        """Return starts: 3 values of E below the least loss, 3 splits of the rest, 4 × 4 slopes."""
+        """Return start points: 3 values of E below the lowest loss × 3 splits × 4 × 4 slopes."""
         least, mean = np.exp(self.log_loss.min()), np.exp(self.log_loss.mean())
         slopes = 0.1, 0.3, 0.6, 1.0
         grid = itertools.product((0.3, 0.7, 0.95), (0.2, 0.5, 0.8), slopes, slopes)

@@ -89,7 +89,7 @@ def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path, cap
     extended(ByteTokenizer(), settings(template=str(file)))
     said = capsys.readouterr().err
     assert "marks turns by words" in said
-    assert "writes the date" in said
+    assert "contains the current date" in said
     for content, problem in (
         (b"{% for %}", "TemplateSyntaxError"),
         (b"\xff", "mine.jinja"),

@@ -338,7 +338,7 @@ def test_what_is_refused(pairs):
     reversing = ChatTemplate(
         template.tokenizer, {"default": "{{ messages[0].content | urlencode }}"}
     )
-    with pytest.raises(UserError, match="cannot be told from its own"):
+    with pytest.raises(UserError, match="cannot be distinguished from its own"):
         reversing.encode(turns("a<b"))
     with pytest.raises(UserError, match="no default chat template"):
         ChatTemplate(template.tokenizer, {"tool_use": ""}).encode(turns("Hi"))

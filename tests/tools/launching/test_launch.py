@@ -73,7 +73,7 @@ def test_incidents_that_cannot_be_written_stop_nothing(tmp_path, capsys):
         (["launch", "--processes", "2", "--", *TRAIN, "--process_id=0"], "sets --process_id"),
         (["launch", "--processes", "2", "--gpus", "3", "--", *TRAIN], "not divisible"),
         (["launch", "--processes", "2", "--config.seed=1", "--", *TRAIN], "goes after --"),
-        (["params", "--config", "x.py", "--", "y"], "takes nothing after --"),
+        (["params", "--config", "x.py", "--", "y"], "takes no arguments after --"),
     ],
 )
 def test_a_wrong_command_is_one_line(capsys, words, expected):

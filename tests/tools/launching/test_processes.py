@@ -65,7 +65,7 @@ def test_a_process_that_ignores_sigterm_or_is_stopped_is_killed(stop, monkeypatc
 def test_a_process_that_never_leaves_is_a_failure(stop, monkeypatch):
     monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.3)
     outcome = run(stop, "pass", SLEEP)
-    assert outcome == (1, "process 1 still runs 0.3 s after process 0")
+    assert outcome == (1, "process 1 is still running 0.3 s after process 0")
 
 
 def test_a_request_to_stop_reaches_every_process(stop, capfdbinary):

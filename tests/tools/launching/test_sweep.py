@@ -257,7 +257,7 @@ def test_damaged_files_of_a_sweep_are_a_line_or_built_again(sweep_file, tmp_path
 def test_launcher_options_with_an_open_quote_are_one_line(sweep_file, tmp_path, capsys, options):
     words = ["sweep", "--config", str(sweep_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
     assert main([*words, "--launcher", "slurm", "--launcher_options", options]) == 2
-    assert "not shell words" in capsys.readouterr().err
+    assert "invalid shell syntax" in capsys.readouterr().err
 
 
 def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_text_that_does_not_fit_is_one_line(text, target, message):
 def test_other_models_and_targets_of_encoders_are_refused():
     with pytest.raises(UserError, match="has no Transformer layers"):
         require_transformer(SimpleNamespace(config=RecurrentConfig))
-    with pytest.raises(UserError, match="encoders take no --target"):
+    with pytest.raises(UserError, match="encoders do not support --target"):
         make_passage(experiment(Encoder(CONFIG), "encoder"), {}, ByteTokenizer(), "a", "b")
 
 

@@ -79,9 +79,9 @@ def test_incidents(tmp_path):
     assert incidents(read_run(folder, "a")) == [
         "stopped at step 82 of 100",
         "loss not finite at step 82",
-        "update left out at step 82",
+        "update skipped at step 82",
         "restarted: 3 starts",
-        "8 steps computed again after a restart",
+        "8 steps recomputed after a restart",
         "loss jumped at step 61",
         "more than 10× slower than usual for 1 min 0 s, step 82",
     ]
