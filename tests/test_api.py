@@ -93,7 +93,7 @@ def test_activations_are_captured_on_the_way_to_the_logits(run):
         run.activations([1, 2])
 
 
-def test_generation_is_that_of_the_seed_and_length(run):
+def test_generation_matches_the_seed_and_length(run):
     texts = lm.generate(run, ["the", "a model"], max_new_tokens=5, seed=1)
     assert texts == lm.generate(run, ["the", "a model"], max_new_tokens=5, seed=1)
     (greedy,) = lm.generate(run, "the", max_new_tokens=3, temperature=0)
@@ -103,7 +103,7 @@ def test_generation_is_that_of_the_seed_and_length(run):
     assert run.decode(ids).startswith("the" + greedy)
 
 
-def test_evaluation_is_the_verbs(run):
+def test_evaluation_matches_lm_eval(run):
     result = lm.evaluate(run)
     assert {"loss", "perplexity", "accuracy", "targets"} <= set(result)
     assert np.isfinite(result["loss"])
@@ -145,7 +145,7 @@ with lock(Path("lock")):  # that of a store
     ("encode", "out"),
     [("sum", "3 3\n"), ("methodcaller('count', '__main__.py')", "0 0\n"), ("own", "")],
 )
-def test_a_script_without_a_guard_does_not_run_twice(encode, out, tmp_path):
+def test_script_without_a_guard_does_not_run_twice(encode, out, tmp_path):
     """Workers import the script only for its own classes, and then it is an error of one line."""
     file = tmp_path / "script.py"
     file.write_text(SCRIPT.format(encode=encode))

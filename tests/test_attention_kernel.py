@@ -92,7 +92,7 @@ def choice(platform, values=None, capability="", **sizes):
         ("gpu", {"data.sequence_length": 1001}, {}, "triton", "1001 tokens, not a multiple of 128"),
     ],
 )
-def test_the_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes, kernel, why):
+def test_platforms_own_kernel_or_the_reason_why_not(platform, values, sizes, kernel, why):
     found = choice(platform, values, **sizes)
     assert found.kernel == kernel
     assert re.search(why, found.why), found.why
@@ -145,7 +145,7 @@ def test_gpus_have_different_kernels(capability, values, kernel, why):
         ("gpu", {"model.window": 128}, "xla", "ring"),
     ],
 )
-def test_how_attention_crosses_devices(platform, values, kernel, across):
+def test_choice_of_context_attention(platform, values, kernel, across):
     found = choice(platform, values, context=4)
     assert (found.kernel, found.across) == (kernel, across)
 
@@ -196,7 +196,7 @@ def test_how_attention_crosses_devices(platform, values, kernel, across):
         ),
     ],
 )
-def test_a_named_kernel_that_cannot_run_is_an_error(platform, values, sizes, message):
+def test_named_kernel_that_cannot_run_is_an_error(platform, values, sizes, message):
     with pytest.raises(UserError, match=message):
         choice(platform, values, **sizes)
 
@@ -216,12 +216,12 @@ def built(**overrides):
         ({"model__family": "lstm", "parallel__mesh__context": 8}, "context=8 needs self-attention"),
     ],
 )
-def test_a_length_that_the_mesh_cannot_cut_is_an_error(overrides, message):
+def test_length_indivisible_by_the_mesh_is_an_error(overrides, message):
     with pytest.raises(UserError, match=message):
         built(**overrides)
 
 
-def test_the_start_of_training_says_which_kernel_runs_and_why():
+def test_start_of_training_says_which_kernel_runs_and_why():
     said = describe(built(parallel__mesh__context=4))
     assert "attention kernel xla (tiled cannot be used with --config.parallel" in said
     assert "ring over 4 parts of the sequence" in said

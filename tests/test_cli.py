@@ -108,7 +108,7 @@ WRONG_CONFIGS = {
 
 @pytest.mark.parametrize("case", WRONG_CONFIGS)
 @pytest.mark.usefixtures("one_device")
-def test_a_wrong_configuration_is_one_line(capsys, experiment, tmp_path, case):
+def test_wrong_configuration_is_a_one_line_error(capsys, experiment, tmp_path, case):
     words, expected = WRONG_CONFIGS[case]
     line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", *words)
     assert expected in line
@@ -133,7 +133,7 @@ def test_a_wrong_configuration_is_one_line(capsys, experiment, tmp_path, case):
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_one_line(capsys, experiment, tmp_path, words, expected):
+def test_mesh_that_does_not_fit_is_a_one_line_error(capsys, experiment, tmp_path, words, expected):
     line = error_of(capsys, "train", "--config", experiment, "--workdir", tmp_path / "w", *words)
     assert expected in line
 
@@ -150,7 +150,7 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("case", BAD_TEXTS)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.usefixtures("one_device")
-def test_bad_text_is_one_line_with_its_place(capsys, experiment, tmp_path, case, packed):
+def test_bad_text_is_a_one_line_error_with_its_place(capsys, experiment, tmp_path, case, packed):
     kind, content, expected = BAD_TEXTS[case]
     file = tmp_path / f"bad.txt{'.gz' if packed else ''}"
     file.write_bytes(gzip.compress(content) if packed else content)
@@ -174,7 +174,7 @@ BAD_RECORDS = {
 
 @pytest.mark.parametrize("case", BAD_RECORDS)
 @pytest.mark.usefixtures("one_device")
-def test_bad_records_are_one_line_with_their_place(capsys, experiment, tmp_path, case):
+def test_bad_records_are_one_line_errors_with_their_place(capsys, experiment, tmp_path, case):
     content, expected = BAD_RECORDS[case]
     (tmp_path / "films.tsv").write_bytes(content)
     task = [
@@ -186,7 +186,7 @@ def test_bad_records_are_one_line_with_their_place(capsys, experiment, tmp_path,
     assert expected in line
 
 
-def test_experiment_files_that_do_not_work_are_one_line(capsys, tmp_path):
+def test_experiment_files_that_do_not_work_are_one_line_errors(capsys, tmp_path):
     def config_error(text: str) -> str:
         (tmp_path / "e.py").write_text(text)
         return error_of(capsys, "config", "--config", tmp_path / "e.py")
@@ -216,7 +216,7 @@ def test_experiment_files_that_do_not_work_are_one_line(capsys, tmp_path):
         ("folder.json", None),
     ],
 )
-def test_a_file_that_is_no_experiment_is_one_line_that_names_it(capsys, tmp_path, name, content):
+def test_non_experiment_file_is_a_one_line_error_with_its_name(capsys, tmp_path, name, content):
     file = tmp_path / name
     if content is None:
         file.mkdir()
@@ -234,7 +234,7 @@ def trained(experiment, tmp_path, one_device, capsys) -> Path:
     return tmp_path / "run"
 
 
-def test_a_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
+def test_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in rows if "eval/validation/loss" in row)
     assert main(["eval", "--workdir", str(trained), "--json"]) == 0
@@ -264,7 +264,7 @@ def test_a_run_evaluates_to_the_same_loss_and_generates(trained, capsys):
     assert capsys.readouterr().out == f"to{several[0]['text']}\n"
 
 
-def test_a_run_is_evaluated_at_its_steps_and_on_any_text(trained, capsys, tmp_path):
+def test_run_is_evaluated_at_its_steps_and_on_any_text(trained, capsys, tmp_path):
     def evaluate(*words):
         assert main(["eval", "--workdir", str(trained), "--json", *map(str, words)]) == 0
         return json.loads(capsys.readouterr().out)
@@ -291,7 +291,7 @@ def test_a_run_is_evaluated_at_its_steps_and_on_any_text(trained, capsys, tmp_pa
         assert expected in error_of(capsys, "eval", "--workdir", trained, *words)
 
 
-def test_a_continuation_ends_before_a_stop_text_and_continues_what_is_piped_in(
+def test_continuation_ends_before_a_stop_text_and_continues_what_is_piped_in(
     trained, capsys, tmp_path, monkeypatch
 ):
     words = ["generate", "--workdir", str(trained), "--seed", "1", "--max_new_tokens", "20"]
@@ -337,7 +337,7 @@ def test_two_runs_are_compared_on_a_page(trained, tmp_path, capsys):
     assert "has no prompts" in error_of(capsys, *words, *runs)
 
 
-def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
+def test_misusing_a_run_is_a_one_line_error(trained, experiment, tmp_path, capsys):
     train = ["train", "--config", experiment, "--workdir", trained]
     line = error_of(capsys, *train, "--config.model.n_layers=3", "--config.optimizer.name=lion")
     assert "--config.model.n_layers: 2 → 3" in line
@@ -361,7 +361,7 @@ def test_misusing_a_run_is_one_line(trained, experiment, tmp_path, capsys):
     assert "changed since the run" in error_of(capsys, *train)
 
 
-def test_a_workdir_that_is_a_file_is_one_line(capsys, experiment, tmp_path, one_device):
+def test_workdir_that_is_a_file_is_a_one_line_error(capsys, experiment, tmp_path, one_device):
     (tmp_path / "w").write_text("")
     assert "--workdir" in error_of(
         capsys, "train", "--config", experiment, "--workdir", tmp_path / "w"
@@ -393,7 +393,7 @@ def test_params_prints_one_json_object(capsys):
     assert json.loads(capsys.readouterr().out)["total"] == 124_439_808
 
 
-def test_params_shows_where_each_parameter_lies(capsys, experiment):
+def test_params_shows_the_sharding_of_each_parameter(capsys, experiment):
     words = ["params", "--config", str(experiment), "--config.model.n_layers=4"]
     words += ["--config.parallel.mesh.stage=2", "--config.parallel.mesh.tensor=2"]
     assert main([*words, "--json"]) == 0
@@ -451,7 +451,7 @@ def test_defaults_are_valid():
     validate(default())
 
 
-def test_a_gz_file_that_is_cut_short_is_one_line(capsys, experiment, tmp_path, one_device):
+def test_truncated_gz_file_is_a_one_line_error(capsys, experiment, tmp_path, one_device):
     file = tmp_path / "cut.txt.gz"
     file.write_bytes(gzip.compress(b"some text " * 1000)[:-10])
     source = f"--config.data.source=text:{file}"

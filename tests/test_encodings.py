@@ -33,7 +33,7 @@ def lm(*words, **variables):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def test_a_locale_without_utf8_changes_no_name_and_no_file(tmp_path):
+def test_locale_without_utf8_changes_no_name_and_no_file(tmp_path):
     file = tmp_path / "dänisch" / "kø.py"
     file.parent.mkdir()
     file.write_text(CONFIG, encoding="utf-8")
@@ -46,7 +46,7 @@ def test_a_locale_without_utf8_changes_no_name_and_no_file(tmp_path):
     assert r"n\xe9.py" in err
 
 
-def test_a_file_name_that_is_not_utf8_is_opened(tmp_path):
+def test_file_name_that_is_not_utf8_is_opened(tmp_path):
     file = tmp_path / f"{LATIN}.py"
     file.write_text(CONFIG, encoding="utf-8")
     code, out, _ = lm("config", "--config", file)
@@ -65,7 +65,7 @@ def test_a_file_name_that_is_not_utf8_is_opened(tmp_path):
         ["merge", "--workdir", "run", "--to", LATIN],
     ],
 )
-def test_a_text_or_run_that_is_not_utf8_is_one_line(words, capsys):
+def test_text_or_run_that_is_not_utf8_is_a_one_line_error(words, capsys):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -19,7 +19,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, st.sampled_from((dict, list, str)))
-def test_a_value_of_the_wanted_type_or_an_error(value, kind):
+def test_value_of_the_wanted_type_or_an_error(value, kind):
     for text in (
         json.dumps(value),
         json.dumps(value).encode(),
@@ -78,14 +78,14 @@ def test_damaged_files(tmp_path, content, problem):
     assert len(str(error.value)) < len(str(file)) + 120
 
 
-def test_half_of_a_surrogate_pair_is_refused_where_characters_are_whole():
+def test_half_of_a_surrogate_pair_is_rejected_where_characters_are_whole():
     assert parse_json(r'{"a": "\ud83d"}', "x.json") == {"a": "\ud83d"}
     assert parse_json(r'{"a": "\ud83d\ude42"}', "x.json", whole_characters=True) == {"a": "🙂"}
     with pytest.raises(UserError, match="half of a surrogate pair"):
         parse_json(r'{"a": ["\ud83d"]}', "x.json", whole_characters=True)
 
 
-def test_a_missing_file_is_left_to_the_caller(tmp_path):
+def test_missing_file_is_left_to_the_caller(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
     (tmp_path / "file").touch()

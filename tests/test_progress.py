@@ -33,13 +33,13 @@ def test_without_a_terminal_a_line_comes_once_a_period_with_rate_and_time(
     assert all(re.fullmatch(line, shown) for shown in lines), lines
 
 
-def test_what_takes_less_than_a_line_s_time_is_silent(capsys):
+def test_short_work_prints_no_progress(capsys):
     with progress_bar("tokenizing", 3) as bar:
         bar.update(3)
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_has_a_bar_and_what_is_not_shown_prints_nothing(monkeypatch, capsys):
+def test_terminal_has_a_bar_and_what_is_not_shown_prints_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(track(range(3), 3, description="hidden", shown=False))
     assert capsys.readouterr().err == ""

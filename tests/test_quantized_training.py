@@ -48,7 +48,7 @@ def batches_of(experiment):
 
 
 @pytest.mark.parametrize(("kind", "weights"), [*((k, "int4") for k in KINDS), ("decoder", "int8")])
-def test_a_step_is_that_of_a_model_with_rounded_weights(kind, weights):
+def test_step_matches_a_model_with_rounded_weights(kind, weights):
     plain, rounding = (experiment_of(KINDS[kind], p, weights) for p in ("none", "qat"))
     state = plain.init_state()
     before = jax.device_get(state.params)
@@ -66,7 +66,7 @@ def test_a_step_is_that_of_a_model_with_rounded_weights(kind, weights):
         np.testing.assert_allclose(x, update[path], rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-def test_rounding_needs_a_format_and_whole_kernels():
+def test_qat_needs_a_format_and_no_lora():
     config = default()
     config.train.precision = "qat"
     with pytest.raises(UserError, match=r"decode\.weights"):

@@ -52,7 +52,7 @@ def test_there_are_commands_to_check():
     assert any(line.startswith("tpu/train.sh") for line in COMPLETE)
 
 
-def test_a_shell_parses_every_command():
+def test_shell_parses_every_command():
     script = "\n".join(line for _, line in ALL if not PLACEHOLDER.search(line))
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -10,7 +10,7 @@ import matplotlib
 NOTEBOOK = Path(__file__).parents[1] / "experiments" / "tutorial.ipynb"
 
 
-def test_the_tutorial_runs(one_device, monkeypatch, capsys):
+def test_tutorial_runs(one_device, monkeypatch, capsys):
     matplotlib.use("Agg")
     monkeypatch.chdir(NOTEBOOK.parent)
     cells = json.loads(NOTEBOOK.read_text())["cells"]

@@ -89,7 +89,7 @@ KINDS = {
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
+def test_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
     read, declared = defaultdict(set), {}
     for kind, commands in KINDS.items():
         workdir = tmp_path / kind.replace(" ", "_")
@@ -137,7 +137,7 @@ def test_a_verb_uses_what_it_declares(make_kind, reads, tmp_path, capsys):
         ("tokenizer train --source stdlib --vocab_size 9 --output x", "data.source"),
     ],
 )
-def test_any_other_key_is_one_line_before_anything_is_read(words, key, capsys):
+def test_any_other_key_is_a_one_line_error_before_anything_is_read(words, key, capsys):
     text = {bool: "true", int: "1", float: "0.5"}.get(SCHEMA[key].type, "x")
     assert main([*words.split(), f"--config.{key}={text}"]) == 2
     line = capsys.readouterr().err
@@ -150,7 +150,7 @@ def test_every_verb_declares_its_keys():
         assert callable(verb_module(verb).used_keys), verb
 
 
-def test_a_key_that_is_given_twice_is_an_error(capsys):
+def test_key_that_is_given_twice_is_an_error(capsys):
     words = ["config", "--config", "experiments/gpt2.py:124m", "--config.seed=1"]
     assert main([*words, "--config.seed", "1"]) == 0
     capsys.readouterr()
@@ -183,7 +183,7 @@ def test_keys_without_effect_are_named(given, unused):
     assert found == [f"--config.{path}" for path in expected]
 
 
-def test_a_verb_goes_on_without_them(capsys):
+def test_command_continues_without_unused_keys(capsys):
     words = ["config", "--config", "experiments/gpt2.py:124m", "--config.optimizer.lion.b1=0.5"]
     assert main(words) == 0
     assert capsys.readouterr().err == (

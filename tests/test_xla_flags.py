@@ -64,7 +64,7 @@ def test_simulated_devices_have_threads_for_collectives_that_wait(monkeypatch, d
     assert int(os.environ.get("PJRT_NPROC", 0)) >= least
 
 
-def test_what_is_compiled_into_every_step_is_among_the_flags_of_its_chip():
+def test_compiled_in_flags_are_flags_of_their_chip():
     """Training and planning ask by the device; `--xla_flags` by the chip's name."""
     for chip in TORI:
         for kind in CHIPS[chip].device_kinds:
@@ -84,7 +84,7 @@ def test_every_flag_has_a_chip_and_a_reason():
     assert all(chip_flags(chip) for chip in TPUS + GPUS)
 
 
-def test_what_the_user_set_comes_last_and_so_wins(monkeypatch):
+def test_user_flags_come_last_and_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_triton_gemm_any=false")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
     set_xla_flags(GPUS[0])

@@ -93,7 +93,7 @@ def test_heads_of_latent_attention_count_both_their_widths():
     assert model_flops_per_token(experiment) * L == pytest.approx(3 * needed)
 
 
-def test_pairs_outside_a_window_are_no_work():
+def test_pairs_outside_a_window_cost_nothing():
     window, local_layers = 6, 2  # of three, the second is global
     ways = {}, {"model.window": window, "model.global_every": 2}
     all_pairs, fewer = (
@@ -104,7 +104,7 @@ def test_pairs_outside_a_window_are_no_work():
     assert all_pairs - fewer == pytest.approx(12 * local_layers * D * outside)
 
 
-def test_pairs_outside_a_chunk_are_no_work():
+def test_pairs_outside_a_chunk_cost_nothing():
     changes = {"model.window": 5, "model.window_chunks": True, "model.global_every": 2}
     all_pairs, fewer = (
         model_flops_per_token(experiment_of("decoder", "causal", **ways)) * L
@@ -115,7 +115,7 @@ def test_pairs_outside_a_chunk_are_no_work():
     assert all_pairs - fewer == pytest.approx(12 * 2 * D * other)
 
 
-def test_a_row_is_a_source_and_its_target():
+def test_row_is_a_source_and_its_target():
     for objective in ("seq2seq", "transcription"):
         assert tokens_per_row(experiment_of("encoder_decoder", objective)) == L + T
     assert tokens_per_row(experiment_of("encoder", "masked")) == L
@@ -136,7 +136,7 @@ def test_skip_gram_counts_pairs_and_their_noise():
     assert model_flops_per_token(experiment_of("skip_gram", "skip_gram")) == 6 * D * 6 * (1 + 5)
 
 
-def test_peaks_are_those_of_the_longest_name_that_fits():
+def test_peak_flops_use_the_longest_matching_name():
     kinds = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "NVIDIA H100 80GB HBM3": 989e12, "cpu": None}
     for kind, peak in kinds.items():
         assert peak_flops(SimpleNamespace(device_kind=kind)) == peak

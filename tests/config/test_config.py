@@ -169,7 +169,7 @@ def test_overrides_win_over_the_file(experiment):
         ("qwertyuiop", None),
     ],
 )
-def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
+def test_unknown_key_names_the_nearest(experiment, wrong, right):
     message = error_of(configs.load_config, experiment, {wrong: "1"})
     assert f"unknown key --config.{wrong}" in message
     if right is None:
@@ -209,7 +209,7 @@ def test_an_unknown_key_names_the_nearest(experiment, wrong, right):
         ("init", "run", "--config.init is a section, not a key"),
     ],
 )
-def test_a_wrong_value_is_one_message(experiment, path, text, expected):
+def test_wrong_value_is_one_message(experiment, path, text, expected):
     assert expected in error_of(configs.load_config, experiment, {path: text})
 
 
@@ -251,15 +251,15 @@ def test_a_wrong_value_is_one_message(experiment, path, text, expected):
         ),
     ],
 )
-def test_a_broken_experiment_file_says_where(write, source, expected):
+def test_broken_experiment_file_says_where(write, source, expected):
     assert re.search(expected, error_of(configs.load_config, write(source)))
 
 
-def test_a_missing_experiment_file_is_named(tmp_path):
+def test_missing_experiment_file_is_named(tmp_path):
     assert "no experiment file" in error_of(configs.load_config, str(tmp_path / "none.py:a"))
 
 
-def test_the_variant_reaches_the_file(write):
+def test_variant_reaches_the_file(write):
     path = write(
         SMALL.replace("config = default()", "config = default()\n    config.paper = variant")
     )
@@ -309,7 +309,7 @@ def test_differences_of_a_saved_configuration():
     ]
 
 
-def test_a_key_that_is_newer_than_a_saved_configuration_had_its_default():
+def test_key_that_is_newer_than_a_saved_configuration_had_its_default():
     saved, now = configs.default().to_dict(), configs.default()
     del saved["model"]["norm"], saved["model"]["d_model"]
     now.model.d_model = 8
@@ -344,7 +344,7 @@ def override(path):
     st.lists(st.sampled_from(sorted(SCHEMA)).flatmap(override), min_size=1, max_size=3).map(dict)
 )
 @example({"model.relative_per_layer": "true"})
-def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
+def test_random_override_builds_or_is_a_user_error(experiment, overrides):
     try:
         built = build(configs.load_config(experiment, overrides), jax.devices()[:1])
         built.steps.schedule(3)
@@ -360,12 +360,12 @@ def test_a_random_override_builds_or_is_a_user_error(experiment, overrides):
     "path", ["model.d_model", "model.vocab_size", "data.sequence_length", "schedule.warmup_steps"]
 )
 @pytest.mark.parametrize("value", [2**40, 10**30])
-def test_a_huge_integer_is_a_user_error(experiment, path, value):
+def test_huge_integer_is_a_user_error(experiment, path, value):
     with pytest.raises(UserError, match=re.escape(path)):
         build(configs.load_config(experiment, {path: str(value)}), jax.devices()[:1])
 
 
-def test_a_value_of_another_type_is_one_line():
+def test_value_of_another_type_is_a_one_line_error():
     """As in the run.json of a version where the key had another type."""
     with pytest.raises(UserError, match=r"model.attention_bias=True: expected one of same, all"):
         configs.set_value(configs.default(), "model.attention_bias", True)

@@ -60,7 +60,7 @@ def test_validation_data_of_the_experiment_file_stay(tmp_path):
         (f"{WEB}epochs = 1\n[[schedule]]\nstep = 0\nweb = 1", "set only one of them"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, text, message):
+def test_errors_are_named(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, text)
     with pytest.raises(UserError, match="cannot be read"):

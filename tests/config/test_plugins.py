@@ -119,7 +119,7 @@ def write(folder, plugin):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_remembers_its_plugins(folder, tmp_path, capsys):
+def test_run_remembers_its_plugins(folder, tmp_path, capsys):
     run, words = tmp_path / "run", ["--config.model.gain=3", "--config.data.count_to=900"]
     assert train(folder, run, *words) == 0
     saved = json.loads((run / "run.json").read_text())
@@ -147,7 +147,7 @@ def test_a_run_remembers_its_plugins(folder, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_beside_a_plugin_does_not_depend_on_it(folder, tmp_path, text_file):
+def test_run_beside_a_plugin_does_not_depend_on_it(folder, tmp_path, text_file):
     """In a process that imported a plug-in for another run."""
     configs.load_config(f"{folder}/config.py")
     plain = tmp_path / "plain"
@@ -180,7 +180,7 @@ def test_options_are_keys_like_any(folder, capsys):
     assert SCHEMA["model.gain"].help == "Factor of the scores of the vocabulary."
 
 
-def test_the_schema_without_plugins_has_none_of_their_keys():
+def test_schema_without_plugins_has_none_of_their_keys():
     assert "model.gain" not in SCHEMA
     assert "gain" not in SCHEMA["model.family"].choices
 
@@ -226,7 +226,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_plugin_is_one_line(folder, capsys, case):
+def test_wrong_plugin_is_a_one_line_error(folder, capsys, case):
     plugin, expected = WRONG[case]
     write(folder, plugin)
     assert expected in error_of(capsys, "config", "--config", f"{folder}/config.py")
@@ -241,7 +241,7 @@ def test_two_plugins_cannot_share_a_name(folder, capsys):
     assert "my_plugin_2.py" in line
 
 
-def test_a_plugin_that_lost_its_name_is_one_line(folder, tmp_path, capsys):
+def test_plugin_that_lost_its_name_is_a_one_line_error(folder, tmp_path, capsys):
     configs.load_config(f"{folder}/config.py")
     saved = {"plugins": SCHEMA.plugins(), "config": {}}
     saved["config"] = {"model": {"family": "gain"}}
@@ -271,7 +271,7 @@ def test_modules_of_the_same_name_in_two_folders(folder, tmp_path):
         assert configs.load_config(f"{where}/config.py").data.source == source
 
 
-def test_a_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
+def test_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
     package = folder / "my_plugins"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -293,7 +293,7 @@ def test_a_plugin_in_a_package_is_imported_as_one(folder, tmp_path, capsys):
     assert configs.load_config(str(tmp_path / "run.json")).schedule.name == "mine"
 
 
-def test_the_configuration_file_itself_may_register(folder, tmp_path):
+def test_configuration_file_itself_may_register(folder, tmp_path):
     (folder / "config.py").write_text(
         "from dataclasses import dataclass\nfrom lm.config.registry import option\n"
         "from lm.config import default\nfrom lm.config.registries import OPTIMIZERS\n\n"

@@ -248,7 +248,7 @@ def test_every_objective_trains_the_families_that_it_names_and_no_other():
         ({"parallel.mesh.tensor": "0"}, "sizes must be 1 or more"),
     ],
 )
-def test_a_broken_rule_is_one_message(overrides, expected):
+def test_broken_rule_is_one_message(overrides, expected):
     assert expected in error_of(small(overrides))
 
 
@@ -280,5 +280,5 @@ def test_a_broken_rule_is_one_message(overrides, expected):
         {"model.n_experts": "4", "model.experts_every": "2"},
     ],
 )
-def test_what_the_rules_allow(overrides):
+def test_valid_combinations(overrides):
     validate(small(overrides))

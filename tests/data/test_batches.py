@@ -67,14 +67,14 @@ def firsts(examples, start, stop):
     return [int(examples[i]["tokens"][0]) for i in range(start, stop)]
 
 
-def test_a_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
+def test_batch_does_not_depend_on_how_hosts_divide_its_rows(batches):
     for step in (0, 7, 123_456):
         whole = batches.rows(step, range(8))
         for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [6], [5, 0, 3], np.arange(8)):
             equal(batches.rows(step, rows), {name: whole[name][rows] for name in whole})
 
 
-def test_a_batch_is_a_function_of_seed_and_step(batches):
+def test_batch_is_a_function_of_seed_and_step(batches):
     again = Batches(shuffle_endlessly(Numbers(62), 1), noisy, 8, seed=5)
     equal(again.rows(3, range(8)), batches.rows(3, range(8)))
     other_order = shuffle_endlessly(Numbers(62), 2)
@@ -85,7 +85,7 @@ def test_a_batch_is_a_function_of_seed_and_step(batches):
     assert len(np.unique(noise)) > 0.99 * noise.size
 
 
-def test_an_epoch_holds_every_example_once_in_an_order_of_its_own(batches):
+def test_epoch_holds_every_example_once_in_an_order_of_its_own(batches):
     epochs = [firsts(batches.examples, e * 62, (e + 1) * 62) for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 62 * 16, 16))
@@ -121,7 +121,7 @@ def test_examples_may_come_from_any_grain_dataset():
     assert found["tokens"].tolist() == [[2, 2], [3, 3]]
 
 
-def test_too_many_examples_to_shuffle_are_said():
+def test_too_many_examples_to_shuffle_are_reported():
     with pytest.raises(UserError, match=r"more than 2\*\*32: use a larger --config.data.stride"):
         shuffle_endlessly(Numbers(2**32 + 1, stride=1), 0)
 
@@ -152,7 +152,7 @@ def test_transfers_pass_the_transfer_guard(batches, sharding):
         jax.config.update("jax_transfer_guard", before)
 
 
-def test_prefetched_batches_are_those_of_their_steps(batches, sharding):
+def test_prefetched_batches_match_their_steps(batches, sharding):
     dispatches = [[5], [6, 7], range(8, 11), [2]]
     found = list(prefetch(batches, dispatches, all_of(sharding), depth=3))
     for batch, steps in zip(found, dispatches, strict=True):

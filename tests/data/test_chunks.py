@@ -29,7 +29,7 @@ def test_pieces_join_to_the_document_and_ignore_how_it_was_read(text, sizes):
     assert [piece.last for piece in whole] == [i == len(whole) - 1 for i in range(len(whole))]
 
 
-def test_cuts_lie_after_a_single_newline_between_words(monkeypatch):
+def test_splits_follow_a_single_newline_between_words(monkeypatch):
     _small_pieces(monkeypatch)
     text = "one two\n\nthree\nfour\n  five six"
     first, second = cut_document([text])
@@ -37,6 +37,6 @@ def test_cuts_lie_after_a_single_newline_between_words(monkeypatch):
     assert second.text == "four\n  five six"
 
 
-def test_a_document_without_newlines_is_cut_all_the_same(monkeypatch):
+def test_document_without_newlines_is_still_split(monkeypatch):
     _small_pieces(monkeypatch)
     assert [len(piece.text) for piece in cut_document(["x" * 70])] == [32, 32, 6]

@@ -72,7 +72,7 @@ def make(cache, *files):
     return folders
 
 
-def test_a_cache_in_use_is_needed(built, capsys):
+def test_cache_in_use_is_needed(built, capsys):
     _, file, _, cache = built
     kept = tree(cache / "stores", cache / "records")
     for words in ([f"--config.data.cache_directory={cache}"], ["--config", file]):
@@ -82,7 +82,7 @@ def test_a_cache_in_use_is_needed(built, capsys):
     assert {n for n in kept if ".counts" not in n} == {n for n in after if ".counts" not in n}
 
 
-def test_left_overs_are_listed_and_then_removed(tmp_path, capsys):
+def test_leftovers_are_listed_and_then_removed(tmp_path, capsys):
     cache = tmp_path / "cache"
     (cache / "records").mkdir(parents=True)
     (cache / "records" / f"{KEYS[5]}.lock").touch()
@@ -129,7 +129,7 @@ def test_stores_of_a_changed_source_are_not_needed(built, capsys):
 @pytest.mark.parametrize(
     "why", ["recent", "future", "claimed", "locked", "no manifest", "no store"]
 )
-def test_what_may_be_in_use_is_left_alone(why, tmp_path, capsys):
+def test_files_in_use_are_kept(why, tmp_path, capsys):
     cache = tmp_path / "cache"
     name = f"stores/{KEYS[1]}.{'partial' if why == 'locked' else 'shards'}"
     (folder,) = make(cache, f"{name}/00000.shard")
@@ -151,7 +151,7 @@ def test_what_may_be_in_use_is_left_alone(why, tmp_path, capsys):
     assert folder.exists()
 
 
-def test_nothing_foreign_is_touched(tmp_path, capsys):
+def test_foreign_files_are_not_touched(tmp_path, capsys):
     cache, other = tmp_path / "cache", tmp_path / "other"
     make(other, f"{KEYS[1]}.shards/00000.shard", f"{KEYS[2]}.partial/a", "00000.shard")
     (other / f"{KEYS[2]}.lock").touch()
@@ -177,7 +177,7 @@ def test_nothing_foreign_is_touched(tmp_path, capsys):
     assert tree(cache, other) == before
 
 
-def test_what_cannot_be_cleaned_is_one_line(tmp_path, capsys):
+def test_cache_that_cannot_be_cleaned_is_a_one_line_error(tmp_path, capsys):
     err = clean(capsys, "--config.data.cache_directory=gs://bucket/cache", code=2)
     assert "gs://bucket/cache/stores" in err
     clean(capsys, "--config", tmp_path / "none.py", code=2)

@@ -96,7 +96,7 @@ def test_row_groups_of_a_large_file_are_parts(make_data, tmp_path, monkeypatch):
     assert f"row {2 * last.groups.start + 1}: " in str(error.value)
 
 
-def test_a_literal_dot_comes_before_a_nested_name():
+def test_literal_dot_comes_before_a_nested_name():
     values = {"a.b": 1, "a": {"b": 2, "c.d": 3, "e": None}}
     assert [field_value(values, f) for f in ("a.b", "a.c.d", "a.e")] == [1, 3, None]
     assert field_value(values, "a.x") is field_value(values, "x.y") is MISSING
@@ -152,7 +152,7 @@ def test_bad_rows_are_named_or_skipped(make_data, tmp_path, capsys, kind, values
 
 @pytest.mark.parametrize("source", ["parquet:f.parquet", "arrow:s.arrow", "arrow:f.arrow"])
 @pytest.mark.parametrize("damage", ["empty", "head", "tail", "middle", "text"])
-def test_damaged_tables_are_one_line(make_data, tmp_path, source, damage):
+def test_damaged_tables_are_one_line_errors(make_data, tmp_path, source, damage):
     _write(tmp_path, [{"text": f"text {i} " * 50} for i in range(50)], group=50)
     path = tmp_path / source.partition(":")[2]
     content = path.read_bytes()
@@ -172,7 +172,7 @@ def test_damaged_tables_are_one_line(make_data, tmp_path, source, damage):
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_datasets_saved(make_data, tmp_path):
+def test_folder_that_datasets_saved(make_data, tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
@@ -223,14 +223,14 @@ def test_tags_and_answers_as_datasets_has_them(make_data, tmp_path):
     assert not record["is_impossible"]
 
 
-def test_compressed_tables_are_refused(make_data, tmp_path):
+def test_compressed_tables_are_rejected(make_data, tmp_path):
     (tmp_path / "f.parquet.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="decompress it"):
         _chunks("parquet:f.parquet.gz", make_data())
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
-def test_a_field_of_a_null_is_a_null(kind, make_data, tmp_path):
+def test_field_of_a_null_is_a_null(kind, make_data, tmp_path):
     meta = pa.array([{"text": "x"}, None, {"text": "y"}], pa.struct([("text", pa.string())]))
     table = pa.table({"meta": meta})
     if kind == "parquet":
@@ -243,7 +243,7 @@ def test_a_field_of_a_null_is_a_null(kind, make_data, tmp_path):
     assert _texts(f"{kind}:f.{kind}", make_data(field="meta.text", bad_rows="skip")) == ["x", "y"]
 
 
-def test_a_file_of_no_bytes_ends_too_early(make_data, tmp_path):
+def test_empty_compressed_file_is_truncated(make_data, tmp_path):
     for content in (b"", b"abcd"):
         (tmp_path / "f.arrow").write_bytes(content)
         with pytest.raises(UserError, match=r"f\.arrow: damaged arrow file \(it is truncated"):

@@ -44,7 +44,7 @@ def test_members_are_concatenated_wherever_reads_fall(tmp_path, members, ending,
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_documents_and_records_are_those_of_the_plain_file(make_data, tmp_path, ending):
+def test_documents_and_records_match_the_plain_file(make_data, tmp_path, ending):
     text = "größer\n" * 200_000  # more than one chunk, cut inside characters
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / f"a.txt{ending.upper()}").write_bytes(COMPRESS[ending](text.encode()))
@@ -79,7 +79,7 @@ def test_documents_and_records_are_those_of_the_plain_file(make_data, tmp_path, 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("damage", ["cut", "head", "flip", "garbage", "second", "other", "plain"])
-def test_damage_is_one_line_with_the_file(tmp_path, ending, damage):
+def test_damage_is_a_one_line_error_with_the_file(tmp_path, ending, damage):
     whole = COMPRESS[ending](bytes(range(256)) * 40)
     content = {
         "cut": whole[:-1],
@@ -111,7 +111,7 @@ def test_empty_files_hold_no_text(make_data, tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_plain_names_of_compressed_content_are_refused(tmp_path, ending):
+def test_plain_names_of_compressed_content_are_rejected(tmp_path, ending):
     (tmp_path / "f.txt").write_bytes(COMPRESS[ending](b"some text"))
     with pytest.raises(UserError, match=rf"f\.txt: compressed \(.*rename it to end in \{ending}"):
         _read(tmp_path / "f.txt")
@@ -123,7 +123,7 @@ def test_padding_is_allowed_where_the_format_has_it(tmp_path):
         assert _read(tmp_path / f"f{ending}") == b"text"
 
 
-def test_a_bomb_is_read_in_bounded_memory(tmp_path):
+def test_decompression_bomb_is_read_in_bounded_memory(tmp_path):
     for ending, compress in COMPRESS.items():
         (tmp_path / f"f{ending}").write_bytes(compress(bytes(2**25)))
         sizes = [len(chunk) for chunk in read_bytes(tmp_path / f"f{ending}")]
@@ -142,7 +142,7 @@ def test_windows_of_zstd_long_are_read(tmp_path):
 @pytest.mark.parametrize("kind", ["text", "jsonl"])
 @pytest.mark.parametrize("ending", ["", ".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_tar_archive_is_not_text(make_data, tmp_path, kind, ending, layout):
+def test_tar_archive_is_not_text(make_data, tmp_path, kind, ending, layout):
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w", format=layout) as file:
         member = tarfile.TarInfo("a.txt")

@@ -38,7 +38,7 @@ sizes = st.integers(1, 60), st.integers(1, 9), st.booleans()
 
 
 @given(*sizes)
-def test_every_row_goes_on_where_it_was(n, batch_size, drop_remainder):
+def test_every_row_continues_its_part(n, batch_size, drop_remainder):
     numbers, _ = grid(n, batch_size, drop_remainder)
     for row in numbers.T:
         there = row[row > 0]

@@ -60,7 +60,7 @@ def learned(record):
     return [BYTES.decode(tokens[start:end]) for start, end, _ in record.turns["messages"]]
 
 
-def test_the_tokens_are_those_of_the_template_and_the_assistant_is_target_message(build, write):
+def test_tokens_match_the_template_and_assistant_text_is_the_target(build, write):
     (record,) = build(write({"messages": TALK, "tools": [TOOL]}))
     expected = TEMPLATE.encode(TALK, [TOOL])
     np.testing.assert_array_equal(record.tokens["messages"], expected.ids)
@@ -99,7 +99,7 @@ def test_rows_of_every_form_and_source_are_read(build, write, tmp_path, make_dat
     assert {tuple(learned(record)) for record in found} == {(f"Hello{END}",)}
 
 
-def test_a_conversation_is_cut_after_the_last_turn_that_fits(build, write, capsys):
+def test_conversation_is_cut_after_the_last_turn_that_fits(build, write, capsys):
     talk = [
         {"role": role, "content": text}
         for text in ("first", "second", "third")
@@ -129,7 +129,7 @@ def test_a_conversation_is_cut_after_the_last_turn_that_fits(build, write, capsy
         )
 
 
-def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, write, capsys):
+def test_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, write, capsys):
     long = [{"role": "user", "content": "x" * 500}, {"role": "assistant", "content": "y"}]
     short = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     store = build(write({"messages": long}, {"messages": short}), length=100)
@@ -143,7 +143,7 @@ def test_a_conversation_of_which_no_turn_fits_is_dropped_and_counted(build, writ
         build(write({"messages": long}), length=100)
 
 
-def test_statistics_mark_what_is_target_message_and_count_what_was_lost(build, write):
+def test_statistics_mark_targets_and_count_lost_ones(build, write):
     row = {"messages": TALK[1:2] + TALK[4:]}
     whole = encode_messages(TEMPLATE, row["messages"], None)
     store = build(write(row, row), length=len(whole.ids) - 3)
@@ -166,7 +166,7 @@ def test_statistics_mark_what_is_target_message_and_count_what_was_lost(build, w
     assert (store.select(np.arange(1)).n_targets("messages") == learned).all()
 
 
-def test_what_is_not_weighed_is_read_but_without_loss(build, write):
+def test_zero_weight_messages_are_input_without_loss(build, write):
     talk = [dict(message) for message in TALK[-2:]]
     row = {"messages": [talk[0], {**talk[1], "weight": 0}, *talk]}
     (record,) = build(write(row))
@@ -175,7 +175,7 @@ def test_what_is_not_weighed_is_read_but_without_loss(build, write):
     np.testing.assert_array_equal(record.tokens["messages"], TEMPLATE.encode(talk * 2).ids)
 
 
-def test_bad_rows_are_one_line_or_skipped(build, write, capsys):
+def test_bad_rows_are_one_line_errors_or_skipped(build, write, capsys):
     good = {"prompt": "Hi", "completion": "Hello"}
     for row, problem in (
         ({"messages": []}, "no messages"),
@@ -193,7 +193,7 @@ def test_bad_rows_are_one_line_or_skipped(build, write, capsys):
         assert "skipped 1 of 2 rows; first: " in capsys.readouterr().err
 
 
-def test_a_table_without_a_conversation_is_an_error_even_where_rows_are_skipped(build, tmp_path):
+def test_table_without_a_conversation_is_an_error_even_where_rows_are_skipped(build, tmp_path):
     (tmp_path / "a.csv").write_text("q,a\nHi,Hello\n")
     with pytest.raises(UserError, match=r"no messages, .*available: q, a.*--config.data.columns"):
         build("csv:a.csv", bad_rows="skip")
@@ -205,7 +205,7 @@ def test_a_table_without_a_conversation_is_an_error_even_where_rows_are_skipped(
         build("csv:a.csv", columns="messages=talk", bad_rows="skip")
 
 
-def test_the_store_depends_on_the_length_and_on_the_form_of_the_rows(build, write):
+def test_store_depends_on_the_length_and_on_the_form_of_the_rows(build, write):
     spec = write({"prompt": "Hi", "completion": "Hello"})
     assert build(spec).directory != build(spec, length=200).directory
     assert build(spec).directory == build(spec).directory

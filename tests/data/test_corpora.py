@@ -20,7 +20,7 @@ def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_a_text_file_is_a_document_or_its_lines_are(make_data, tmp_path):
+def test_text_file_is_a_document_or_its_lines_are(make_data, tmp_path):
     (tmp_path / "b.txt").write_bytes("zwei\r\n\r\n  drei ü\n".encode())
     (tmp_path / "a.txt").write_bytes(b"eins\n")
     assert documents(open_corpus("text:*.txt", make_data(), "train")) == [
@@ -72,7 +72,7 @@ def test_stdlib_is_split_by_file_and_has_no_tests(make_data):
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.9])
-def test_the_end_of_a_single_document_is_held_out_by_characters(make_data, tmp_path, fraction):
+def test_end_of_a_single_document_is_held_out_by_characters(make_data, tmp_path, fraction):
     text = "Überall nur Text.\n" * 150_000
     (tmp_path / "a.txt").write_text(text)
     data = make_data(validation_fraction=fraction)
@@ -110,7 +110,7 @@ def test_nothing_is_held_out_beside_a_validation_source(make_data, tmp_path):
         assert documents(open_corpus("text:a.txt", data, split)) == ["all of it"]
 
 
-def test_the_digest_is_that_of_the_content(make_data, tmp_path):
+def test_digest_matches_the_content(make_data, tmp_path):
     path = tmp_path / "a.txt"
 
     def digest(**changes):
@@ -150,7 +150,7 @@ def test_the_digest_is_that_of_the_content(make_data, tmp_path):
         (None, "stdlib:x", ["stdlib:x"]),
     ],
 )
-def test_what_is_wrong_with_a_source_is_said(make_data, tmp_path, content, spec, words):
+def test_source_errors_are_reported(make_data, tmp_path, content, spec, words):
     if content is not None:
         (tmp_path / spec.partition(":")[2]).write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_source_is_said(make_data, tmp_path, content, spec,
         assert word in message
 
 
-def test_a_split_that_is_not_there_is_said(make_data, tmp_path):
+def test_split_that_is_not_there_is_reported(make_data, tmp_path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UserError, match="validation_fraction"):
         open_corpus("text:a.txt", make_data(), "validation")

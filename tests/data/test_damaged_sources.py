@@ -121,7 +121,7 @@ def changed(content, kind, place, other):
 
 
 @pytest.mark.parametrize(("name", "ending"), CASES)
-def test_a_damaged_file_is_a_line_or_the_same_documents(
+def test_damaged_file_is_a_line_or_the_same_documents(
     make_data, tmp_path, monkeypatch, name, ending
 ):
     kind, file, content = SOURCES[name]

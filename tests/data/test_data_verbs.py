@@ -68,7 +68,7 @@ def test_data_are_built_shown_and_verified(kind, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["shards"], indirect=True)
-def test_a_damaged_shard_is_named_and_built_again_alone(kind, capsys, tmp_path):
+def test_damaged_shard_is_named_and_built_again_alone(kind, capsys, tmp_path):
     _, file = kind
     run(capsys, "data", "build", "--config", file)
     paths = sorted((tmp_path / "cache" / "stores").glob("*.shards/00001.shard"))
@@ -91,12 +91,12 @@ def test_a_damaged_shard_is_named_and_built_again_alone(kind, capsys, tmp_path):
     assert run(capsys, "data", "verify", "--config", file)[0] == 0
 
 
-def test_a_cache_that_cannot_be_reached_is_a_line():
+def test_cache_that_cannot_be_reached_is_a_one_line_error():
     with pytest.raises(UserError, match=r"ftp://127\.0\.0\.1:1/x: "):
         open_shared_folder("ftp://127.0.0.1:1/x")
 
 
-def test_a_picture_of_another_kind_is_a_line(kind, capsys, tmp_path):
+def test_picture_of_another_kind_is_a_one_line_error(kind, capsys, tmp_path):
     code, _, err = run(capsys, "data", "show", "--config", kind[1], "--picture", "data.tiff")
     assert code == 2
     assert "end in .png or .svg" in err

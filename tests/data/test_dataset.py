@@ -5,7 +5,7 @@ from lm.data.splits import open_split
 from lm.errors import UserError
 
 
-def test_a_mixture_opens_with_its_validation_parts(make_data, tmp_path):
+def test_mixture_opens_with_its_validation_parts(make_data, tmp_path):
     (tmp_path / "a.txt").write_text("abcdefghij" * 10)
     (tmp_path / "b.jsonl").write_text('{"text": "xyz"}\n' * 10)
     data = make_data(
@@ -19,7 +19,7 @@ def test_a_mixture_opens_with_its_validation_parts(make_data, tmp_path):
     assert dataset.tokenizer.vocab_size == 257
 
 
-def test_a_validation_source_replaces_holding_out(make_data, tmp_path):
+def test_validation_source_replaces_holding_out(make_data, tmp_path):
     (tmp_path / "a.txt").write_text("train")
     (tmp_path / "b.txt").write_text("validation")
     data = make_data(source="text:a.txt", validation_source="text:b.txt", validation_fraction=0.5)
@@ -40,7 +40,7 @@ def test_characters_of_the_validation_text_do_not_enter_the_alphabet(make_data, 
         open_dataset(data)
 
 
-def test_the_fingerprint_tells_what_changed(make_data, tmp_path):
+def test_fingerprint_tells_what_changed(make_data, tmp_path):
     path = tmp_path / "a.txt"
     data = make_data(source="text:a.txt", tokenizer="char", validation_source="text:a.txt")
     path.write_text("abc")
@@ -75,7 +75,7 @@ def test_records_are_validated_on_a_source_of_their_own(records):
     assert open_dataset(records(), columns=("text",)).validation == ()
 
 
-def test_a_part_of_the_records_of_each_source_is_held_out(records):
+def test_part_of_the_records_of_each_source_is_held_out(records):
     data = records(source="tsv:a.tsv,tsv:b.tsv", validation_fraction=0.4)
     dataset = open_dataset(data, columns=("text",))
     assert [store.n_tokens for store in dataset.train] == [6, 1]
@@ -90,12 +90,12 @@ def test_a_part_of_the_records_of_each_source_is_held_out(records):
     assert [rows(store) for store in stores] == [rows(store) for store in dataset.validation]
 
 
-def test_a_tokenizer_is_fitted_to_the_texts_of_records(records):
+def test_tokenizer_is_fitted_to_the_texts_of_records(records):
     data = records(tokenizer="words", validation_source="tsv:b.tsv")
     assert set(open_tokenizer(data, columns=("text",)).words) == {"<eos>", "<unk>", *"abcdefghij"}
 
 
-def test_a_split_that_is_not_named_is_said(records):
+def test_split_that_is_not_named_is_reported(records):
     data, tokenizer = records(), open_tokenizer(records())
     for split in ("validation", "test"):
         with pytest.raises(UserError, match=f"no {split} data; set --config.data.{split}_source"):

@@ -85,7 +85,7 @@ def found(encoder, texts):
     ("words", "normalizer"),
     [(GPT2_WORDS, None), (LLAMA3_WORDS, None), (QWEN_WORDS, "NFC"), (O200K_WORDS, None)],
 )
-def test_ids_of_any_texts_are_those_of_tokenizers(words, normalizer):
+def test_ids_of_any_texts_match_tokenizers(words, normalizer):
     @settings(max_examples=150)
     @given(st.lists(hostile, max_size=4))
     @example(["a ", " b", "", "  ", "\n", "x<|endoftext|>"])
@@ -144,7 +144,7 @@ def with_a_word(definition):
 
 
 @pytest.mark.parametrize("change", [unreached, in_another_order, with_a_word])
-def test_ids_are_those_of_unusual_vocabularies(change):
+def test_ids_match_unusual_vocabularies(change):
     made = changed(change)
     texts = [*TRAINING, "q".join(TRAINING[0].split()), "heq eq inq aq  dump\n"]
     assert found(tiktoken_encoder(made, BYTE_CHARACTERS), texts) == expected(made, texts)
@@ -167,7 +167,7 @@ def without_a_byte(definition):
         without_a_byte,
     ],
 )
-def test_what_tiktoken_does_otherwise_is_left_to_tokenizers(change):
+def test_unsupported_by_tiktoken_falls_back_to_tokenizers(change):
     assert tiktoken_encoder(changed(change), BYTE_CHARACTERS) is None
 
 

@@ -49,7 +49,7 @@ def test_contents_are_read_once(files, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["content", "size", "time", "copy"])
-def test_a_file_in_another_state_is_read_again(files, monkeypatch, change):
+def test_file_in_another_state_is_read_again(files, monkeypatch, change):
     (first, _), read = files
     before = file_digest(first)
     if change == "content":  # of the same size, with its old time put back
@@ -66,7 +66,7 @@ def test_a_file_in_another_state_is_read_again(files, monkeypatch, change):
     assert read == ["a.txt", "a.txt"]
 
 
-def test_a_file_that_was_just_written_is_not_trusted(files, monkeypatch):
+def test_file_that_was_just_written_is_not_trusted(files, monkeypatch):
     (first, _), read = files
     os.utime(first)
     file_digest(first)
@@ -75,7 +75,7 @@ def test_a_file_that_was_just_written_is_not_trusted(files, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\n", b'["', b"[[[\n", b'[1, [2], "3"]\n{}\n3'])
-def test_a_damaged_file_of_digests_is_read_as_far_as_it_is_whole(files, monkeypatch, damage):
+def test_damaged_file_of_digests_is_read_as_far_as_it_is_whole(files, monkeypatch, damage):
     (first, second), read = files
     file_digest(first)
     path = file_digests._cache() / "digests.jsonl"
@@ -123,7 +123,7 @@ def test_lines_out_of_date_are_removed(files, monkeypatch):
     assert len([json.loads(line) for line in lines if line]) < 10
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(files, tmp_path, monkeypatch):
+def test_unwritable_cache_only_costs_time(files, tmp_path, monkeypatch):
     (first, _), read = files
     (tmp_path / "cache").write_text("a file")
     before = file_digest(first)
@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(files, tmp_path, monkeyp
     assert read == ["a.txt", "a.txt"]
 
 
-def test_a_file_that_was_just_written_has_the_identity_that_it_keeps(files, monkeypatch):
+def test_identity_of_a_new_file_stays_the_same(files, monkeypatch):
     (first, _), read = files
     monkeypatch.setattr(file_digests, "_RACY_NS", 3 * 10**8)
     first.write_bytes(b"new text")  # now
@@ -144,7 +144,7 @@ def test_a_file_that_was_just_written_has_the_identity_that_it_keeps(files, monk
     assert not read
 
 
-def test_a_known_file_is_not_hashed_while_it_is_read(files):
+def test_known_file_is_not_hashed_while_it_is_read(files):
     (first, second), _ = files
     file_digest(first)
     with file_digests.hashing_reads():

@@ -67,13 +67,13 @@ def test_commas_in_names_are_escaped():
 
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b", "file.txt/x", "~nobody-of-this-name/x"])
-def test_paths_that_cannot_be(tmp_path, name):
+def test_invalid_paths(tmp_path, name):
     (tmp_path / "file.txt").write_text("text")
     with pytest.raises(UserError):
         find_files(name, _data(tmp_path))
 
 
-def test_a_folder_in_place_of_files_is_said(tmp_path):
+def test_folder_instead_of_files_is_reported(tmp_path):
     (tmp_path / "corpus").mkdir()
     with pytest.raises(UserError, match=r"corpus: is a folder: name its files, such as .*/\*"):
         find_files("corpus", _data(tmp_path))
@@ -115,7 +115,7 @@ def test_gzip_by_any_case_and_others_by_name(tmp_path):
         ("jsonl:f", b'{"text": "hello"}\n', {}),
     ],
 )
-def test_byte_order_mark_is_dropped_and_said_once(tmp_path, capsys, spec, content, option):
+def test_byte_order_mark_is_dropped_and_reported_once(tmp_path, capsys, spec, content, option):
     (tmp_path / "f").write_bytes(b"\xef\xbb\xbf" + content)
     data = _data(tmp_path, **option)
     for _ in range(2):
@@ -234,7 +234,7 @@ def test_store_with_a_flipped_bit_is_built_again(tmp_path, capsys):
     assert "tokens.bin does not match its checksum" in capsys.readouterr().err
 
 
-def test_a_file_url_is_the_path(make_data, tmp_path):
+def test_file_url_is_the_path(make_data, tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
     (folder / "a.txt").write_text("some text")
@@ -250,7 +250,7 @@ def test_a_file_url_is_the_path(make_data, tmp_path):
     assert (tmp_path / "cache" / "x" / "f").read_bytes() == b"1"
 
 
-def test_a_large_file_among_others_is_no_archive_either(make_data, tmp_path, monkeypatch):
+def test_large_file_is_not_mistaken_for_an_archive(make_data, tmp_path, monkeypatch):
     monkeypatch.setattr(file_parts, "RANGE", 4)
     (tmp_path / "a.txt").write_text("some lines\nof text\n")
     (tmp_path / "b.txt").write_bytes(gzip.compress(b"more lines\n"))

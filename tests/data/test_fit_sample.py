@@ -39,20 +39,20 @@ def test_words_come_from_a_sample_of_a_large_corpus(
     assert not capsys.readouterr().err  # from the cache
 
 
-def test_a_small_corpus_is_fitted_to_whole(files, make_data, capsys):
+def test_small_corpus_is_fitted_to_whole(files, make_data, capsys):
     data = make_data(source="text:*.txt", tokenizer="words")
     assert words(open_tokenizer(data)) == set(range(20))
     assert not capsys.readouterr().err
     assert not list(files.glob("cache/tokenizers/*/sample.txt"))
 
 
-def test_an_alphabet_needs_the_whole_corpus(files, make_data, monkeypatch):
+def test_alphabet_needs_the_whole_corpus(files, make_data, monkeypatch):
     monkeypatch.setattr(lm.data.tokenizer, "MOST_TO_FIT", 20_000)
     data = make_data(source="text:*.txt", tokenizer="char")
     assert open_tokenizer(data).alphabet == "".join(sorted(set("word 0123456789")))
 
 
-def test_the_same_sources_give_the_same_sample(files, make_data, tmp_path):
+def test_same_sources_give_the_same_sample(files, make_data, tmp_path):
     from lm.data.dataset import open_sources
 
     sources = open_sources(["text:*.txt"], make_data(), "train", columns=())

@@ -48,7 +48,7 @@ def test_random_records_are_held_out_and_all_keep_their_order(data, rows, tmp_pa
     assert 10 < len(set(other) & set(texts(validation))) < 45  # 27 by chance
 
 
-def test_a_part_is_a_store_of_its_records(data, rows):
+def test_part_is_a_store_of_its_records(data, rows):
     dataset = open_dataset(data, columns=("text", "label"))
     (train,), (validation,) = dataset.train, dataset.validation
     for store, n in ((train, 7), (validation, 3)):
@@ -76,7 +76,7 @@ def test_each_source_gives_a_part_of_its_own(data, rows, tmp_path):
     assert all(text[0] == "b" for text in texts(dataset.validation[1]))
 
 
-def test_the_split_opened_by_itself_is_the_same(data):
+def test_split_opened_by_itself_is_the_same(data):
     dataset = open_dataset(data, columns=("text", "label"))
     (split,) = open_split(data, "validation", dataset.tokenizer, columns=("text", "label"))
     assert texts(split) == texts(dataset.validation[0])
@@ -89,7 +89,7 @@ def test_words_of_the_held_out_records_are_known(data):
         assert dataset.tokenizer.unknown_id not in record.tokens["text"]
 
 
-def test_a_validation_source_replaces_holding_out(data, rows, tmp_path):
+def test_validation_source_replaces_holding_out(data, rows, tmp_path):
     (tmp_path / "b.tsv").write_text("one text\t1\n")
     data.validation_source = "tsv:b.tsv"
     dataset = open_dataset(data, columns=("text", "label"))
@@ -99,12 +99,12 @@ def test_a_validation_source_replaces_holding_out(data, rows, tmp_path):
     assert not open_dataset(data, columns=("text", "label")).validation
 
 
-def test_a_small_part_is_a_record_at_least(data):
+def test_small_part_is_a_record_at_least(data):
     data.validation_fraction = 0.05
     assert len(open_dataset(data, columns=("text", "label")).validation[0]) == 1
 
 
-def test_a_split_without_records_is_said(data, tmp_path):
+def test_split_without_records_is_reported(data, tmp_path):
     (tmp_path / "a.tsv").write_text("x\t0\n")
     with pytest.raises(UserError, match=r"validation_fraction=0\.3 of tsv:a\.tsv leaves a split"):
         open_dataset(data, columns=("text", "label"))

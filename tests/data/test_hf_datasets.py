@@ -51,7 +51,7 @@ def test_splits_of_a_folder_of_files(make_data, folder):
         texts("datasets:corpus", make_data(field="other"))
 
 
-def test_the_digest_is_that_of_the_files(make_data, folder):
+def test_digest_matches_the_files(make_data, folder):
     def digest():
         return open_corpus("datasets:corpus", make_data(), "train").digest
 
@@ -69,7 +69,7 @@ def test_records_have_the_names_of_classes(make_data, folder):
         assert [record for record, _ in open_records(spec, data)] == wanted
 
 
-def test_a_saved_folder_is_read_as_arrow(make_data, folder):
+def test_saved_folder_is_read_as_arrow(make_data, folder):
     saved, arrow = (open_corpus(f"{k}:saved", make_data(), "train") for k in ("datasets", "arrow"))
     assert list(saved.chunks()) == list(arrow.chunks())
     assert saved.digest == arrow.digest
@@ -121,7 +121,7 @@ def test_files_and_a_data_set_of_the_hub(make_data, folder, tmp_path):
         assert digest == corpus.digest
 
 
-def test_what_cannot_be_opened_is_one_line(make_data, tmp_path, monkeypatch):
+def test_unopenable_file_is_a_one_line_error(make_data, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

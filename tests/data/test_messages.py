@@ -39,7 +39,7 @@ def test_every_form_of_a_row_gives_the_same_conversation(values):
     assert said(values) == [("user", "Hi"), ("assistant", "Hello")]
 
 
-def test_system_input_and_history_are_said_in_their_order():
+def test_system_input_and_history_are_reported_in_their_order():
     row = {"instruction": "Add", "input": "1, 2", "output": "3", "system": "Be brief."}
     row["history"] = [["Hi", "Hello"]]
     assert said(row) == [
@@ -77,13 +77,13 @@ def test_tools_and_their_calls():
     assert message["tool_calls"] == [{"function": CALL}]
 
 
-def test_the_assistant_of_a_prompt_is_without_loss():
+def test_assistant_of_a_prompt_is_without_loss():
     row = {"prompt": [*HELLO, HELLO[0]], "completion": "Hello again"}
     weights = [message.get("weight") for message in conversation_of(row).messages]
     assert weights == [None, 0, None, None]
 
 
-def test_what_json_lacks_becomes_text():
+def test_non_json_values_become_text():
     (message,) = messages_of([{**HELLO[0], "at": datetime.date(2024, 1, 2), "n": None}])
     assert message == {**HELLO[0], "at": "2024-01-02"}
 
@@ -121,7 +121,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_one_sentence(name):
+def test_bad_row_is_one_sentence(name):
     values, sentence = BAD[name]
     with pytest.raises(BadRow) as caught:
         conversation_of(values)
@@ -129,6 +129,6 @@ def test_a_bad_row_is_one_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_is_said_by_whom_its_column_names():
+def test_column_determines_the_role_of_a_text():
     assert as_messages("chosen", "Yes", "assistant") == [{"role": "assistant", "content": "Yes"}]
     assert as_messages("chosen", HELLO, "assistant") == HELLO

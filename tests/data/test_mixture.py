@@ -54,7 +54,7 @@ def test_every_part_keeps_its_share_at_every_row(schedule, n):
 
 
 @given(schedules, st.integers(0, 10**7))
-def test_a_row_is_found_without_those_before_it(schedule, row):
+def test_rows_are_found_by_random_access(schedule, row):
     fresh = Schedule(schedule.knots)
     around = [schedule.locate(i) for i in range(max(row - 3, 0), row + 3)]
     assert fresh.locate(row) in around
@@ -87,7 +87,7 @@ def test_weights_change_linearly_and_at_once():
         ("x: 1 1", "expected STEP"),
     ],
 )
-def test_a_wrong_schedule_is_named(text, message):
+def test_wrong_schedule_is_named(text, message):
     with pytest.raises(UserError, match=message):
         parse_schedule(text, 2)
 
@@ -100,7 +100,7 @@ def two_texts(tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_scheduled_mixture_is_trained_stopped_and_continued(two_texts, tiny_config, tmp_path):
+def test_scheduled_mixture_is_trained_stopped_and_resumed(two_texts, tiny_config, tmp_path):
     def run(folder, **values):
         sources = ",".join(f"text:{two_texts / name}" for name in ("a.txt", "b.txt"))
         config = tiny_config(

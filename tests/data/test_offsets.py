@@ -65,7 +65,7 @@ def test_vocabularies_that_mark_word_starts_do_not_mark_punctuation():
     assert tokens.tolist() == reference.encode(text)
 
 
-def test_a_word_that_is_unknown_with_its_neighbour_stands_alone():
+def test_word_unknown_with_its_neighbor_is_encoded_alone():
     tokenizer = WordTokenizer.fit(["no , yes"])
     found = tokenize_with_offsets("no, zebra yes", tokenizer.encode)
     assert tokenizer.decode(found.tokens) == "no , <unk> yes"

@@ -53,7 +53,7 @@ def test_segments_are_the_documents_and_positions_start_with_them(store, length,
         np.testing.assert_array_equal(example["positions"][real], example["tokens"][real] - begins)
 
 
-def test_a_shared_delimiter_starts_a_segment_of_its_own_at_the_end():
+def test_shared_delimiter_starts_a_segment_of_its_own_at_the_end():
     example = token_windows(store_of([3, 2], final_delimiter=True), 6, 6, True, False)[0]
     assert example["segment_ids"].tolist() == [1, 1, 1, 2, 2, 3, 0]
     assert example["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0]
@@ -66,7 +66,7 @@ def test_targets_are_of_the_same_document():
     assert example["weights"].tolist() == [1, 1, 1, 1, 0, 0]
 
 
-def test_a_shared_delimiter_is_the_target_that_ends_a_document():
+def test_shared_delimiter_is_the_target_that_ends_a_document():
     offsets = np.array([0, 3, 5])
     tokens = np.array([9, 1, 2, 9, 3, 9], np.uint16)
     manifest = Manifest(2, "memory", "", "", "uint16", 6, 2, 0, 0, 0, delimiter=9, checksums={})
@@ -93,13 +93,13 @@ def test_training_windows_are_full_and_start_at_every_stride(store, length, stri
     assert found == [list(range(start, start + length + 1)) for start in starts]
 
 
-def test_indices_outside_are_refused():
+def test_indices_outside_are_rejected():
     examples = token_windows(store_of([10]), 4, 4, True, True)
     for index in (-1, len(examples)):
         with pytest.raises(IndexError):
             examples[index]
 
 
-def test_a_single_token_is_too_few_to_evaluate():
+def test_single_token_is_too_few_to_evaluate():
     with pytest.raises(UserError, match="too few"):
         token_windows(store_of([1]), 4, 4, True, False)

@@ -130,7 +130,7 @@ def load(folder, **changes):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_trains_on_documents_and_goes_on_unless_they_changed(folder, tmp_path, capsys):
+def test_run_trains_on_documents_and_resumes_unless_they_changed(folder, tmp_path, capsys):
     words = ["--config", f"{folder}/config.py", "--workdir", f"{tmp_path}/run"]
     assert main(["train", *words]) == 0
     assert main(["eval", "--workdir", f"{tmp_path}/run"]) == 0
@@ -146,7 +146,7 @@ def test_a_run_trains_on_documents_and_goes_on_unless_they_changed(folder, tmp_p
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_trains_on_records(folder, tmp_path):
+def test_run_trains_on_records(folder, tmp_path):
     words = ["--config", f"{folder}/config.py", "--workdir", f"{tmp_path}/run"]
     task = {"objective.name": "classification", "data.labels": "good,bad"}
     words += [f"--config.{path}={value}" for path, value in task.items()]
@@ -154,7 +154,7 @@ def test_a_run_trains_on_records(folder, tmp_path):
     assert main(["eval", "--workdir", f"{tmp_path}/run", "--task"]) == 0
 
 
-def test_a_part_is_held_out_of_documents_and_of_records(folder):
+def test_part_is_held_out_of_documents_and_of_records(folder):
     data = load(folder, labels="good,bad")
     documents = open_dataset(data)
     sizes = [s.manifest.n_documents for s in (*documents.train, *documents.validation)]
@@ -167,7 +167,7 @@ def test_a_part_is_held_out_of_documents_and_of_records(folder):
     assert sorted(texts) == sorted(f"a text {i}, some more of it" for i in range(40))
 
 
-def test_a_validation_split_of_its_own_is_used(folder):
+def test_validation_split_of_its_own_is_used(folder):
     data = load(folder, source="columnar_splits:splits", labels="good,bad")
     assert has_validation("columnar_splits:splits", data)
     documents = open_dataset(data)
@@ -179,7 +179,7 @@ def test_a_validation_split_of_its_own_is_used(folder):
     assert again[0].raw == {"text": "splits/validation text 0, some more of it", "label": "bad"}
 
 
-def test_a_bad_row_is_an_error_at_its_place(folder):
+def test_bad_row_is_an_error_at_its_place(folder):
     table = {"text": ["good row", " "], "label": ["good", "bad"]}
     (folder / "a.columns").write_text(json.dumps(table))
     with pytest.raises(UserError, match=r"a.columns:row 2: 'text' is empty"):

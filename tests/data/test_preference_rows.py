@@ -57,7 +57,7 @@ def test_texts_are_tokenized_together_and_end_with_eos(read):
         ([user("a"), says("b"), user("c"), says("d")], [user("a"), says("e")], [user("a")]),
     ],
 )
-def test_a_prompt_is_what_whole_texts_or_conversations_begin_with(read, chosen, rejected, prompt):
+def test_prompt_is_a_prefix_of_whole_texts_and_conversations(read, chosen, rejected, prompt):
     (record,), _ = read({"chosen": chosen, "rejected": rejected})
     n = len(prompt)
     assert record.raw == {"prompt": prompt, "chosen": chosen[n:], "rejected": rejected[n:]}
@@ -112,7 +112,7 @@ ROW = {"prompt": "a ", "completion": "b", "label": 1}
         (ROW | {"completion": ""}, LABELLED, "'completion' is empty"),
     ],
 )
-def test_a_bad_row_is_one_line_and_can_be_skipped(read, row, columns, problem):
+def test_bad_row_is_a_one_line_error_and_can_be_skipped(read, row, columns, problem):
     with pytest.raises(UserError) as raised:
         read(row, columns=columns)
     assert problem in str(raised.value)
@@ -130,7 +130,7 @@ def test_columns_may_have_other_names(read):
     assert record.raw == {"prompt": "a ", "chosen": "b", "rejected": "c", "margin": 2.0}
 
 
-def test_a_prompt_without_tokens_is_what_documents_start_with(read):
+def test_empty_prompt_becomes_the_start_token(read):
     (record,), tokenizer = read({"prompt": "", "chosen": "b", "rejected": "c"})
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     np.testing.assert_array_equal(record.tokens["prompt"], [start])

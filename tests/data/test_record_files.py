@@ -46,7 +46,7 @@ def test_without_a_header_columns_have_numbers(tmp_path, kind, mark):
     ]
 
 
-def test_a_quote_left_open_does_not_swallow_the_file_unseen(tmp_path):
+def test_quote_left_open_does_not_swallow_the_file_unseen(tmp_path):
     first, last = rows(tmp_path, "csv", 'x,y\na,b\n"c,d\ne,f\n')
     assert first == ("a:2", {"x": "a", "y": "b"})
     assert last[0] == "a:3"
@@ -57,7 +57,7 @@ def test_a_quote_left_open_does_not_swallow_the_file_unseen(tmp_path):
     ("content", "message"),
     [("", "a:1: no header line"), ("x\ty\tx\n", "a:1: two columns have the same name")],
 )
-def test_a_wrong_header_is_said(tmp_path, content, message):
+def test_wrong_header_is_reported(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         rows(tmp_path, "tsv", content)
 
@@ -72,7 +72,7 @@ def test_jsonl_rows_are_objects(tmp_path):
     assert deep[1].startswith("not valid JSON")
 
 
-def test_parallel_lines_go_together(tmp_path):
+def test_parallel_lines_are_paired(tmp_path):
     with pytest.raises(UserError, match="compressed"):
         rows(tmp_path, "parallel", "one\r\ntwo\n", gzip.compress(b"x"))
     assert rows(tmp_path, "parallel", "one\r\n\ntwo\n", "eins\n\nzwei\u2028drei") == [

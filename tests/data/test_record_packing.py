@@ -32,7 +32,7 @@ def test_every_record_is_in_one_pack_and_limits_are_kept(problem):
     np.testing.assert_array_equal(packs.offsets, again.offsets)
 
 
-def test_the_order_comes_from_the_seed():
+def test_order_comes_from_the_seed():
     lengths = np.ones((50, 1), int)
     assert (
         pack_records(lengths, [5], 0).indices.tolist()
@@ -40,7 +40,7 @@ def test_the_order_comes_from_the_seed():
     )
 
 
-def test_a_record_that_is_too_long_is_alone():
+def test_record_that_is_too_long_is_alone():
     lengths = np.asarray([[9, 0], [0, 0], [0, 1], [1, 9]])
     packs = pack_records(lengths, [8, 8], 0)
     assert sorted(sorted(packs[i].tolist()) for i in range(len(packs))) == [[0], [1, 2], [3]]
@@ -63,7 +63,7 @@ def test_records_go_to_the_first_pack_with_room():
     assert [packs[i].tolist() for i in range(len(packs))] == expected
 
 
-def test_packs_are_nearly_full_and_say_so():
+def test_packs_are_nearly_full():
     lengths = np.random.default_rng(0).integers(5, 30, (5_000, 2))
     packs = pack_records(lengths, [256, 256], 0)
     fill = packs.fill(lengths, [256, 256])

@@ -19,7 +19,7 @@ def pairs(make_data, tmp_path):
     return records, sources, targets
 
 
-def test_a_store_holds_records_and_their_tokens(pairs, tmp_path):
+def test_store_holds_records_and_their_tokens(pairs, tmp_path):
     records, sources, targets = pairs
     store = build_record_store(records, ByteTokenizer(), tmp_path)
     assert len(store) == 3
@@ -43,7 +43,7 @@ def test_a_store_holds_records_and_their_tokens(pairs, tmp_path):
             store[index]
 
 
-def test_a_finished_store_is_opened_again_and_a_damaged_one_rebuilt(pairs, tmp_path, monkeypatch):
+def test_finished_store_is_opened_again_and_a_damaged_one_rebuilt(pairs, tmp_path, monkeypatch):
     records, sources, _ = pairs
     first = build_record_store(records, ByteTokenizer(), tmp_path)
     (first.directory / "source.bin").write_bytes(b"")
@@ -56,7 +56,7 @@ def test_a_finished_store_is_opened_again_and_a_damaged_one_rebuilt(pairs, tmp_p
         build_record_store(records, WordTokenizer.fit(["x"]), tmp_path)
 
 
-def test_skipped_rows_are_counted_and_said_at_every_start(make_data, tmp_path, capsys):
+def test_skipped_rows_are_counted_and_reported_at_every_start(make_data, tmp_path, capsys):
     (tmp_path / "a").write_text("text\nx\n \ny\tz\nw\n")
     records = open_records("tsv:a", make_data(bad_rows="skip"))
     for _ in range(2):
@@ -66,7 +66,7 @@ def test_skipped_rows_are_counted_and_said_at_every_start(make_data, tmp_path, c
         assert said == f"tsv:a: skipped 2 of 4 rows; first: {tmp_path}/a:3: 'text' is empty\n"
 
 
-def test_a_text_that_cannot_be_encoded_is_named(pairs, tmp_path):
+def test_text_that_cannot_be_encoded_is_named(pairs, tmp_path):
     records, sources, _ = pairs
     with pytest.raises(UserError, match=r"/a:2: character '漢'"):
         build_record_store(records, CharTokenizer.fit([*sources[:1], "eins dr"]), tmp_path)
@@ -90,7 +90,7 @@ def test_tokens_of_a_context_know_their_characters(make_data, tmp_path):
         assert len(record.tokens["question"]) == 2
 
 
-def test_a_vocabulary_without_any_token_for_a_role_is_said(make_data, tmp_path):
+def test_vocabulary_without_a_token_for_a_role_is_reported(make_data, tmp_path):
     class Nothing(ByteTokenizer):
         def encode(self, text):
             return np.zeros(0, np.int32)

@@ -66,7 +66,7 @@ def _require_same(folder, address, make_data):
     assert _chunks("jsonl:f.jsonl", relative) == _chunks(f"jsonl:{folder}/f.jsonl", make_data())
 
 
-def test_files_of_a_server_are_those_of_the_folder(make_data, folder):
+def test_files_of_a_server_match_the_folder(make_data, folder):
     with served(folder) as server:
         _require_same(folder, server.url, make_data)
 
@@ -80,7 +80,7 @@ def test_ranges_of_lines_are_read_alone(make_data, folder, monkeypatch):
         assert [chunk for part in parts for chunk in part.chunks()] == list(corpus.chunks())
 
 
-def test_a_server_without_ranges_that_lists_its_files(make_data, folder, monkeypatch):
+def test_server_without_ranges_that_lists_its_files(make_data, folder, monkeypatch):
     monkeypatch.setattr(remote, "_BLOCK", 1000)
     with served_in_order(folder) as url:
         away = _chunks(f"jsonl:{url}/f.json*", make_data())
@@ -90,7 +90,7 @@ def test_a_server_without_ranges_that_lists_its_files(make_data, folder, monkeyp
             _chunks(f"parquet:{url}/f.parquet", make_data())
 
 
-def test_a_server_that_tells_no_length(make_data, folder):
+def test_server_that_tells_no_length(make_data, folder):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -108,7 +108,7 @@ def test_a_server_that_tells_no_length(make_data, folder):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_reading_goes_on_after_failures(make_data, folder, spec):
+def test_reading_resumes_after_failures(make_data, folder, spec):
     wanted = _chunks(spec.format(folder), make_data())
     with served(folder) as server:
         corpus = open_corpus(spec.format(server.url), make_data(), "train")
@@ -118,7 +118,7 @@ def test_reading_goes_on_after_failures(make_data, folder, spec):
 
 
 @pytest.mark.parametrize("status", [403, 404, 500])
-def test_failures_that_stay_are_one_line(make_data, folder, status):
+def test_permanent_failures_are_one_line_errors(make_data, folder, status):
     with served(folder) as server:
         corpus = open_corpus(f"jsonl:{server.url}/f.jsonl", make_data(), "train")
         server.status = status
@@ -132,7 +132,7 @@ def test_failures_that_stay_are_one_line(make_data, folder, status):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_files_that_end_early_or_change_are_one_line(make_data, folder, spec):
+def test_files_that_end_early_or_change_are_one_line_errors(make_data, folder, spec):
     with served(folder) as server:
         corpus = open_corpus(spec.format(server.url), make_data(), "train")
         server.missing = 9
@@ -158,7 +158,7 @@ def test_queries_are_not_part_of_the_name(make_data, folder):
         assert signed.digest == plain.digest
 
 
-def test_addresses_that_cannot_be(make_data, folder):
+def test_invalid_addresses(make_data, folder):
     for address, words in {
         "ftp://host/f": r"unknown URL scheme \(known: gs://",
         "http://127.0.0.1:9/f": "cannot be read",
@@ -168,7 +168,7 @@ def test_addresses_that_cannot_be(make_data, folder):
         assert "\n" not in str(error.value)
 
 
-def test_a_bucket_of_google(make_data, folder):
+def test_bucket_of_google(make_data, folder):
     from emulated_bucket import emulated_bucket
 
     with socket.socket() as free:
@@ -198,7 +198,7 @@ def test_a_bucket_of_google(make_data, folder):
             list(corpus.chunks())
 
 
-def test_a_bucket_of_amazon(make_data, folder, monkeypatch):
+def test_bucket_of_amazon(make_data, folder, monkeypatch):
     s3fs = pytest.importorskip("s3fs")
     moto = pytest.importorskip("moto.server")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)

@@ -95,7 +95,7 @@ def result(function, *arguments):
     fraction=st.sampled_from([0.0, 0.2, 0.5]),
     delimited=st.booleans(),
 )
-def test_any_division_gives_the_same_tokens(
+def test_tokens_do_not_depend_on_how_work_is_divided(
     tmp_path_factory, make_data, files, zipped, shard, cut, block, fraction, delimited
 ):
     folder = tmp_path_factory.mktemp("corpus")
@@ -119,7 +119,7 @@ def test_any_division_gives_the_same_tokens(
                     same(found, expected)
 
 
-def test_a_store_of_one_piece_that_is_there_is_used(tmp_path, make_data, small):
+def test_existing_unsharded_store_is_used(tmp_path, make_data, small):
     write(tmp_path, [["some", "text", "of a file"] * 9, ["more of it"]])
     data = make_data()
     whole = build_token_store(
@@ -150,7 +150,7 @@ def test_other_contents_with_the_same_size_and_time_are_noticed(
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2])
-def test_a_build_reads_files_once_for_tokens_and_digests(
+def test_build_reads_files_once_for_tokens_and_digests(
     tmp_path, make_data, small, monkeypatch, fraction
 ):
     monkeypatch.setattr(file_parts, "RANGE", 10**6)
@@ -252,7 +252,7 @@ def test_two_builds_share_the_work_and_one_is_killed(tmp_path, corpus):
     assert not list(cache.glob("stores/*/*.claim"))
 
 
-def test_a_build_that_is_killed_again_and_again_goes_on(tmp_path, corpus):
+def test_repeatedly_killed_build_continues(tmp_path, corpus):
     start, data, expected = corpus
     cache, made = tmp_path / "cut", []
     for enough in (5, 11, 17):

@@ -63,7 +63,7 @@ def build(folder, *names):
     build_together(folder, [Words(name) for name in names], 1, "", False, [], lambda: None)
 
 
-def test_the_file_of_a_host_that_died_is_made_after_a_minute(folder, clock):
+def test_file_of_a_host_that_died_is_made_after_a_minute(folder, clock):
     folder.write("1.claim", claim(3))
     build(folder, "0", "1")
     assert DEAD_AFTER_SECONDS < clock.now < DEAD_AFTER_SECONDS + 5
@@ -71,7 +71,7 @@ def test_the_file_of_a_host_that_died_is_made_after_a_minute(folder, clock):
     assert folder.read("1") == b"made 1"
 
 
-def test_the_file_of_a_host_that_lives_is_left_to_it(folder, clock):
+def test_file_of_a_host_that_lives_is_left_to_it(folder, clock):
     folder.write("1.claim", claim(0))
 
     def renew(now):
@@ -87,7 +87,7 @@ def test_the_file_of_a_host_that_lives_is_left_to_it(folder, clock):
     assert folder.read("1") == b"of the other host"
 
 
-def test_a_host_that_dies_after_it_renewed_has_a_minute_from_then(folder, clock):
+def test_claim_of_a_dead_host_expires_a_minute_after_renewal(folder, clock):
     folder.write("1.claim", claim(0))
     clock.observer = lambda now: now < 45 and folder.write("1.claim", claim(int(now / 10)))
     build(folder, "1")
@@ -95,7 +95,7 @@ def test_a_host_that_dies_after_it_renewed_has_a_minute_from_then(folder, clock)
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"3", b"\xff", b'{"process": "x"}'])
-def test_a_claim_that_is_damaged_holds_for_a_minute(folder, clock, content):
+def test_damaged_claim_is_valid_for_a_minute(folder, clock, content):
     folder.write("1.claim", content)
     build(folder, "1")
     assert DEAD_AFTER_SECONDS < clock.now < DEAD_AFTER_SECONDS + 5
@@ -103,7 +103,7 @@ def test_a_claim_that_is_damaged_holds_for_a_minute(folder, clock, content):
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_the_claim_of_a_process_killed_after_it_made_the_file_is_removed(folder, clock, left):
+def test_claim_of_a_process_killed_after_it_made_the_file_is_removed(folder, clock, left):
     folder.write("1", b"made 1")
     folder.write("1.claim", claim(0))
     build(folder, *(["0", "1"] if left else ["1"]))
@@ -128,7 +128,7 @@ def test_cores_of_a_folder_that_cannot_be_written_are_one(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("total", [3 * 10**8, 16 * 10**8, 10**12])
-def test_the_work_on_a_corpus_is_divided_so_that_two_processes_end_together(total):
+def test_work_on_a_corpus_is_divided_so_that_two_processes_end_together(total):
     piece = piece_size(total, file_parts.RANGE)
     n = -(-total // piece)
     assert -(-n // 2) / n < 0.53

@@ -58,7 +58,7 @@ def test_compressed_files_and_whole_files_are_a_part_each(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("size", [3, 11, 16, 64])
-def test_a_bad_line_of_a_range_is_named_by_its_number(tmp_path, monkeypatch, capsys, size):
+def test_bad_line_of_a_range_is_named_by_its_number(tmp_path, monkeypatch, capsys, size):
     monkeypatch.setattr(file_parts, "RANGE", size)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n{"text": 3}\n')
     corpus = corpus_of("jsonl:a.jsonl", tmp_path)
@@ -71,7 +71,7 @@ def test_a_bad_line_of_a_range_is_named_by_its_number(tmp_path, monkeypatch, cap
     assert "a.jsonl:4" in said
 
 
-def test_a_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(tmp_path, monkeypatch):
+def test_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(file_parts, "RANGE", 5)
     (tmp_path / "a.txt").write_bytes(b"one two\nthree\nfo\xffur\n")
     with pytest.raises(UserError, match="not UTF-8 at byte 16: convert"):

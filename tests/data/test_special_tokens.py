@@ -35,7 +35,7 @@ def check(tokenizer, **expected):
     return found
 
 
-def test_the_names_of_bert():
+def test_names_of_bert():
     found = check(
         vocabulary("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"),
         pad=0, bos=2, eos=3, cls=2, sep=3, mask=4,
@@ -43,18 +43,18 @@ def test_the_names_of_bert():
     assert found.n_extra_ids(found.cls, found.sep, found.mask) == 0
 
 
-def test_the_names_of_roberta():
+def test_names_of_roberta():
     tokenizer = vocabulary("<s>", "<pad>", "</s>", "<unk>", "a", "<mask>")
     check(tokenizer, pad=1, bos=0, eos=2, cls=0, sep=2, mask=5)
 
 
-def test_the_names_of_albert_whose_pieces_have_neither_bos_nor_eos():
+def test_names_of_albert_whose_pieces_have_neither_bos_nor_eos():
     names = ["[CLS]", "[SEP]", "[MASK]"]
     tokenizer = sentence_pieces(pad_id=0, unk_id=1, bos_id=-1, eos_id=-1, control_symbols=names)
     check(tokenizer, pad=0, bos=0, eos=3, cls=2, sep=3, mask=4)
 
 
-def test_the_names_of_xlnet_which_has_both_kinds():
+def test_names_of_xlnet_which_has_both_kinds():
     tokenizer = vocabulary("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>", "<mask>", "a")
     check(tokenizer, pad=5, bos=1, eos=2, cls=3, sep=4, mask=6)
 
@@ -76,7 +76,7 @@ def test_bytes_have_one_delimiter_for_all():
     check(ByteTokenizer(), pad=256, bos=256, eos=256, cls=256, sep=256, mask=257)
 
 
-def test_what_a_vocabulary_lacks_follows_it():
+def test_missing_special_tokens_follow_the_vocabulary():
     found = check(CharTokenizer("abc"), pad=3, bos=3, eos=3, cls=3, sep=3, mask=4)
     assert found.n_extra_ids(found.bos, found.eos) == 1
     assert found.n_extra_ids(found.cls, found.sep, found.mask) == 2

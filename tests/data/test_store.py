@@ -75,7 +75,7 @@ DOCUMENTS = tuple(f"Dokument {i}\n" + "größer\n" * (17 * i % 900) for i in ran
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_store_holds_the_tokens_of_direct_tokenization(
+def test_store_holds_the_tokens_of_direct_tokenization(
     tmp_path, monkeypatch, with_bos_and_eos, workers
 ):
     monkeypatch.setattr("lm.data.sources.CHUNK", 900)  # several pieces a document
@@ -113,7 +113,7 @@ def test_large_vocabularies_take_32_bits(tmp_path):
     assert store.tokens.tolist() == [69_997, 69_998, 69_999]
 
 
-def test_a_finished_store_is_not_built_again(tmp_path):
+def test_finished_store_is_not_built_again(tmp_path):
     texts = Texts(("one", "two"), log=tmp_path / "log")
     for _ in range(3):
         build_token_store(texts, ByteTokenizer(), tmp_path)
@@ -139,7 +139,7 @@ def test_several_processes_build_a_store_once(tmp_path):
     assert (tmp_path / "log").read_text() == "read\n"
 
 
-def test_a_build_that_was_killed_is_noticed_and_done_again(tmp_path, capfd):
+def test_killed_build_is_detected_and_repeated(tmp_path, capfd):
     dying = Texts(DOCUMENTS, killed_after=30)
     assert in_processes(build_token_store, [(dying, ByteTokenizer(), tmp_path, 1)]) == [
         -signal.SIGKILL
@@ -154,7 +154,7 @@ def test_a_build_that_was_killed_is_noticed_and_done_again(tmp_path, capfd):
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "short", "gone"])
-def test_a_damaged_store_is_noticed_and_built_again(tmp_path, capfd, name, damage):
+def test_damaged_store_is_noticed_and_built_again(tmp_path, capfd, name, damage):
     texts = Texts(("one", "two"))
     path = build_token_store(texts, ByteTokenizer(), tmp_path).directory / name
     if damage == "gone":
@@ -170,9 +170,7 @@ def test_a_damaged_store_is_noticed_and_built_again(tmp_path, capfd, name, damag
     ("code", "words"),
     [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EROFS, "be written")],
 )
-def test_a_disk_that_cannot_be_written_is_said_and_leaves_nothing(
-    tmp_path, monkeypatch, code, words
-):
+def test_unwritable_disk_is_reported_and_leaves_no_files(tmp_path, monkeypatch, code, words):
     def fail(*args):
         raise OSError(code, os.strerror(code))
 
@@ -193,7 +191,7 @@ class KillsItsProcess(ByteTokenizer):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_process_is_said(tmp_path, monkeypatch):
+def test_killed_worker_process_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(lm.data.store, "_SMALL", 1)
     with pytest.raises(UserError, match=r"was killed.*workers"):
         build_token_store(Texts(("a" * 100,)), KillsItsProcess(), tmp_path, 2)
@@ -253,7 +251,7 @@ def test_progress_is_shown_on_stderr(tmp_path, capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
-def test_a_store_of_equal_content_has_the_name_that_was_asked_for(tmp_path):
+def test_store_of_equal_content_has_the_requested_name(tmp_path):
     stores = [
         build_token_store(Texts(("a", "b"), name=name), ByteTokenizer(), tmp_path, 1)
         for name in ("first", "second")

@@ -46,7 +46,7 @@ def texts(corpus):
     return [piece.text for piece in corpus.chunks()]
 
 
-def test_a_prepared_data_set_gives_its_splits(make_data, prepared):
+def test_prepared_data_set_gives_its_splits(make_data, prepared):
     data = make_data(directory=prepared)
     assert has_validation("tfds:tiny_texts", data)
     train = open_corpus("tfds:tiny_texts", data, "train")
@@ -67,14 +67,14 @@ def test_tfds_data_dir_is_the_default(make_data, prepared, monkeypatch):
     assert texts(open_corpus("tfds:tiny_texts", data, "train")) == TEXTS["validation"]
 
 
-def test_a_fraction_is_held_out_where_the_validation_split_is_missing(make_data, prepared):
+def test_fraction_is_held_out_where_the_validation_split_is_missing(make_data, prepared):
     data = make_data(directory=prepared, validation_split="none", validation_fraction=0.34)
     train, validation = (open_corpus("tfds:tiny_texts", data, s) for s in ("train", "validation"))
     assert len(texts(train)) == 1
     assert sorted(texts(train) + texts(validation)) == sorted(TEXTS["train"])
 
 
-def test_a_registered_data_set_is_read_without_tensorflow(make_data):
+def test_registered_data_set_is_read_without_tensorflow(make_data):
     with tfds.testing.mock_data(num_examples=5):
         found = texts(open_corpus("tfds:lm1b", make_data(), "train"))
     assert len(found) == 5
@@ -97,7 +97,7 @@ def test_a_registered_data_set_is_read_without_tensorflow(make_data):
         ),
     ],
 )
-def test_what_is_wrong_with_a_data_set_is_said(make_data, prepared, changes, spec, words):
+def test_data_set_errors_are_reported(make_data, prepared, changes, spec, words):
     with pytest.raises(UserError) as error:
         open_corpus(spec, make_data(**{"directory": prepared, **changes}), "train")
     message = str(error.value)

@@ -46,7 +46,7 @@ def tokenizer(directory):
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from("theca é"), max_size=30))
-def test_ids_are_those_of_the_ranks(tmp_path_factory, text):
+def test_ids_match_the_ranks(tmp_path_factory, text):
     found = tokenizer(tmp_path_factory.getbasetemp())
     words = re.findall(r" ?[a-zé]+|\s+(?!\S)|\s+", text)
     expected = [i for word in words for i in reference(word.encode())]
@@ -84,6 +84,6 @@ def test_special_tokens_are_llama_3s_unless_the_folder_names_others(tmp_path):
         (lambda c: content(TOKENS[:9]), "no token for the byte 9"),
     ],
 )
-def test_damage_is_one_line(damage, problem):
+def test_damage_is_a_one_line_error(damage, problem):
     with pytest.raises(UserError, match=problem):
         tiktoken_definition(damage(content()), LLAMA3_TOKENS)

@@ -69,7 +69,7 @@ _documents = st.lists(st.lists(st.sampled_from([0, 2, 3, 4]), min_size=1), min_s
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(_documents, st.integers(1, 7), st.sampled_from(["raw", "llm.c", "llama", "two files"]))
-def test_ids_of_nanogpt_are_those_of_our_store(token_data, tmp_path, documents, block, layout):
+def test_ids_of_nanogpt_match_our_store(token_data, tmp_path, documents, block, layout):
     stream = [token for document in documents for token in (*document, END)]
     for old in tmp_path.glob("*.bin"):
         old.unlink()
@@ -91,7 +91,7 @@ def test_ids_of_nanogpt_are_those_of_our_store(token_data, tmp_path, documents, 
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_delimiter_starts_documents_as_in_our_stores(token_data, tmp_path, first, monkeypatch):
+def test_delimiter_starts_documents_as_in_token_stores(token_data, tmp_path, first, monkeypatch):
     """GPT-2's end of text both ends and starts: nanoGPT writes it last, llm.c first."""
     words = make_tokenizer(token_data(), ())
     monkeypatch.setattr(type(words), "bos_id", words.eos_id)
@@ -125,9 +125,7 @@ def test_a_delimiter_starts_documents_as_in_our_stores(token_data, tmp_path, fir
     st.booleans(),
     st.integers(1, 5),
 )
-def test_documents_of_megatron_are_those_of_its_index(
-    token_data, tmp_path, documents, kind, modes, block
-):
+def test_documents_of_megatron_match_its_index(token_data, tmp_path, documents, kind, modes, block):
     code, dtype = kind
     flat = [[token for sequence in document for token in sequence] for document in documents]
     (tmp_path / "p.bin").write_bytes(np.concatenate(flat).astype(dtype).tobytes())
@@ -176,7 +174,7 @@ def test_documents_are_held_out_and_are_text(token_data, tmp_path):
         (b"\2\0", {"tokenizer": "char"}, "name the tokenizer that produced them"),
     ],
 )
-def test_wrong_token_files_are_one_line(token_data, tmp_path, content, changes, words):
+def test_wrong_token_files_are_one_line_errors(token_data, tmp_path, content, changes, words):
     (tmp_path / "f.bin").write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
         store_of("nanogpt:f.bin", token_data(**changes))
@@ -196,7 +194,7 @@ def test_wrong_token_files_are_one_line(token_data, tmp_path, content, changes, 
         (lambda index, tokens: (index, None), "no file matches"),
     ],
 )
-def test_wrong_indices_are_one_line(token_data, tmp_path, damage, words):
+def test_wrong_indices_are_one_line_errors(token_data, tmp_path, damage, words):
     index = megatron_index([[[2, 3]], [[4]]])
     index, tokens = damage(index, np.asarray([2, 3, 4], "<u2").tobytes())
     (tmp_path / "m.idx").write_bytes(index)

@@ -109,7 +109,7 @@ def test_training_sentencepiece_is_deterministic_and_lossless(model_type):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_a_sentencepiece_model_of_lowercased_text_lowercases_by_itself():
+def test_sentencepiece_model_of_lowercased_text_lowercases_by_itself():
     model = train_sentencepiece(["The Cat sat on the Mat\n"] * 20, 290, lowercase=True)
     tokenizer = SentencePieceTokenizer(model)
     assert tokenizer.decode(tokenizer.encode("  THE  Cat\nÜB ")) == "  the  cat\nüb "
@@ -149,7 +149,7 @@ def test_sentencepiece_learns_pieces_of_whitespace(pieces):
     assert len(pieces.encode(":\n")) == 1
 
 
-def test_of_much_text_the_same_sample_from_everywhere_is_trained_on(monkeypatch):
+def test_large_text_is_subsampled_deterministically(monkeypatch):
     monkeypatch.setattr("lm.data.tokenizers.sentencepiece._MOST_CHARACTERS", {"bpe": 40 * 500})
     texts = [chr(0x4E00 + i) * 500 for i in range(200)]
     model = train_sentencepiece(texts, 300)
@@ -160,7 +160,7 @@ def test_of_much_text_the_same_sample_from_everywhere_is_trained_on(monkeypatch)
     assert min(sampled) < 50 < 150 < max(sampled)
 
 
-def test_an_impossible_vocabulary_size_is_said():
+def test_impossible_vocabulary_size_is_reported():
     for size in (10, 100_000):
         with pytest.raises(UserError, match=r"tokenizer_vocab_size \(Vocabulary size"):
             train_sentencepiece(["abc " * 50], size)
@@ -226,7 +226,7 @@ def test_copies_are_the_same_tokenizer(all_kinds, tmp_path):
     assert len({tokenizer.digest for tokenizer in all_kinds}) == len(all_kinds)
 
 
-def test_a_changed_or_missing_copy_is_refused(tmp_path):
+def test_changed_or_missing_copy_is_rejected(tmp_path):
     with pytest.raises(UserError, match="no intact tokenizer"):
         load_saved_tokenizer(tmp_path / "none")
     CharTokenizer("abc").save(tmp_path)
@@ -235,7 +235,7 @@ def test_a_changed_or_missing_copy_is_refused(tmp_path):
         load_saved_tokenizer(tmp_path)
 
 
-def test_a_config_names_each_kind(make_data, tmp_path, all_kinds):
+def test_config_names_each_kind(make_data, tmp_path, all_kinds):
     (tmp_path / "text.txt").write_text("hello world")
     for name, content in gpt2_files().items():
         (tmp_path / name).write_bytes(content)
@@ -247,7 +247,7 @@ def test_a_config_names_each_kind(make_data, tmp_path, all_kinds):
         assert opened.digest == expected.digest
 
 
-def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp_path, monkeypatch):
+def test_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("".join(TRAINING))
     first = open_tokenizer(make_data(source="text:a.txt", tokenizer="sentencepiece"))
@@ -284,7 +284,7 @@ def test_a_trained_vocabulary_is_cached_by_what_it_was_trained_on(make_data, tmp
         ("words:file", b"\xff", ["words:file: not UTF-8 at byte 0"]),
     ],
 )
-def test_what_is_wrong_with_a_tokenizer_is_said(make_data, tmp_path, spec, content, words):
+def test_tokenizer_errors_are_reported(make_data, tmp_path, spec, content, words):
     if content:
         (tmp_path / "file").write_bytes(content)
     with pytest.raises(UserError) as error:
@@ -293,7 +293,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(make_data, tmp_path, spec, conte
         assert word in str(error.value)
 
 
-def test_the_missing_package_is_named(make_data, tmp_path, monkeypatch):
+def test_missing_package_is_named(make_data, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(word_json())
     real_import = builtins.__import__
 

@@ -46,7 +46,7 @@ def test_whole_stores_are_as_they_were_written(opened, capsys):
     assert str(folder) in {row["folder"] for row in json.loads(out)}
 
 
-def test_the_damaged_block_is_named(opened, capsys):
+def test_damaged_block_is_named(opened, capsys):
     file, _, folder = opened
     name = next(n for n in ("tokens.bin", "text.bin") if (folder / n).is_file())
     whole = (folder / name).read_bytes()
@@ -85,7 +85,7 @@ def test_ids_beyond_the_vocabulary_are_named(opened, capsys):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"checksums": 3, "n_tokens": 1}', "[" * 9999])
-def test_a_damaged_manifest_is_a_line(opened, capsys, content):
+def test_damaged_manifest_is_a_one_line_error(opened, capsys, content):
     file, _, folder = opened
     (folder / "manifest.json").write_text(content)
     code, _, err = verify(capsys, "--config", file)

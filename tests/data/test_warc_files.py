@@ -51,7 +51,7 @@ def test_texts_of_conversions_and_responses(make_data, tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["", ".gz"])
-def test_cut_and_other_files_are_one_line(make_data, tmp_path, ending):
+def test_cut_and_other_files_are_one_line_errors(make_data, tmp_path, ending):
     compress = gzip.compress if ending else bytes
     records = [record("conversion", f"text {i}".encode()) for i in range(3)]
     whole = b"".join(compress(one) for one in records)

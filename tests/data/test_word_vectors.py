@@ -31,7 +31,7 @@ def test_glove_and_word2vec_text_plain_or_compressed(tmp_path, name, header):
     np.testing.assert_array_equal(vectors.vectors, EXPECTED)
 
 
-def test_the_spaces_that_word2vec_writes_at_line_ends_do_not_matter(tmp_path):
+def test_spaces_that_word2vec_writes_at_line_ends_do_not_matter(tmp_path):
     path = write(tmp_path / "v.txt", "2 3\nthe 0.5 -0.01 3 \n, 1 2 3 \n")
     np.testing.assert_array_equal(load_vectors(path).vectors, EXPECTED)
 
@@ -55,7 +55,7 @@ def test_words_of_the_large_glove_files_may_contain_spaces_of_all_kinds(tmp_path
         ("", ":1: expected a word and its vector"),
     ],
 )
-def test_a_bad_row_is_named_with_file_and_line(tmp_path, text, message):
+def test_bad_row_is_named_with_file_and_line(tmp_path, text, message):
     path = write(tmp_path / "v.txt", text)
     with pytest.raises(UserError) as error:
         load_vectors(path)
@@ -63,7 +63,7 @@ def test_a_bad_row_is_named_with_file_and_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("name", ["vectors.txt", "vectors.txt.gz"])
-def test_saved_vectors_come_back_bit_for_bit(tmp_path, name):
+def test_saved_vectors_come_back_bitwise(tmp_path, name):
     numbers = np.random.default_rng(0).normal(size=(50, 7)) * np.float32(10) ** np.arange(
         -30, 12, 6
     )
@@ -75,7 +75,7 @@ def test_saved_vectors_come_back_bit_for_bit(tmp_path, name):
 
 
 @pytest.mark.parametrize("word", ["", "a b", "a\nb"])
-def test_a_word_that_would_not_come_back_is_not_saved(tmp_path, word):
+def test_word_that_would_not_round_trip_is_not_saved(tmp_path, word):
     with pytest.raises(UserError, match=r"word 2, .* cannot be written"):
         save_vectors(WordVectors(("a", word), np.zeros((2, 3))), tmp_path / "v.txt")
     assert not (tmp_path / "v.txt").exists()
@@ -86,7 +86,7 @@ def test_words_are_found_as_written_or_else_lower_cased_and_the_first_of_two():
     assert [vectors.row(word) for word in ("paris", "Paris", "PARIS", "us")] == [0, 1, 0, None]
 
 
-def test_the_initial_table_copies_found_words_and_draws_the_others():
+def test_initial_table_copies_found_words_and_draws_the_others():
     vectors = WordVectors(("cat", "dog"), np.float32([[1, 2], [3, 4]]))
     words = ["", "Dog", *map(str, range(2000)), "cat"]
     table, found = pretrained_embeddings(vectors, words, rows=2010, std=0.1, seed=3)
@@ -102,5 +102,5 @@ def test_the_initial_table_copies_found_words_and_draws_the_others():
     assert (pretrained_embeddings(vectors, words, 2010, 0.1, 4)[0] != table).any()
 
 
-def test_the_words_of_a_tokenizer():
+def test_words_of_a_tokenizer():
     assert vocabulary_words(CharTokenizer.fit(["b a"])) == ["", "a", "b"]

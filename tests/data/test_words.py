@@ -47,7 +47,7 @@ def test_lower_casing_is_part_of_the_vocabulary():
 
 
 @given(st.text("ab <unk>\n\t\u3000\u2028é", max_size=40))
-def test_the_counts_are_those_of_the_encoded_text_and_decoding_keeps_the_words(text):
+def test_counts_match_the_encoded_text_and_decoding_keeps_the_words(text):
     tokenizer = WordTokenizer.fit([text])
     ids = tokenizer.encode(text)
     assert np.bincount(ids, minlength=tokenizer.vocab_size).tolist() == list(tokenizer.counts)
@@ -56,7 +56,7 @@ def test_the_counts_are_those_of_the_encoded_text_and_decoding_keeps_the_words(t
     assert WordTokenizer.from_files(tokenizer.files()) == tokenizer
 
 
-def test_a_text_file_has_one_eos_a_line_and_no_more(make_data, tmp_path):
+def test_text_file_has_one_eos_a_line_and_no_more(make_data, tmp_path):
     (tmp_path / "wiki.txt").write_text(" \n = Title = \n \n a <unk> b \n")
     data = make_data(source="text:wiki.txt", tokenizer="words")
     tokenizer = open_tokenizer(data)
@@ -69,7 +69,7 @@ def test_a_text_file_has_one_eos_a_line_and_no_more(make_data, tmp_path):
         assert build_token_store(corpus, tokenizer, tmp_path).tokens.tolist() == expected
 
 
-def test_the_config_limits_a_fitted_vocabulary(make_data, tmp_path):
+def test_config_limits_a_fitted_vocabulary(make_data, tmp_path):
     (tmp_path / "a.txt").write_text("A a a B b c\n")
     data = make_data(source="text:a.txt", tokenizer="words")
     for changes, expected in (
@@ -82,7 +82,7 @@ def test_the_config_limits_a_fitted_vocabulary(make_data, tmp_path):
         assert open_tokenizer(data).words[2:] == tuple(expected)
 
 
-def test_a_list_of_words_is_a_vocabulary(make_data, tmp_path):
+def test_list_of_words_is_a_vocabulary(make_data, tmp_path):
     (tmp_path / "plain.txt").write_text("the\ncat\n")
     (tmp_path / "counted.txt").write_bytes(b"cat 3\r\n<unk> 7\r\n<eos>\t2")
     plain = open_tokenizer(make_data(tokenizer="words:plain.txt", lowercase=True))

@@ -40,7 +40,7 @@ def test_outputs_come_in_the_order_of_inputs(made):
     assert len(set(map(tuple, one_by_one))) > 3
 
 
-def test_layers_that_lie_on_several_stages_decode_alike(make_experiment):
+def test_layers_on_several_stages_decode_equally(make_experiment):
     experiment, params, tokenizer = make_experiment("encoder_decoder")
     staged, *_ = make_experiment("encoder_decoder", 2, parallel__mesh__stage=2)
     placed = jax.device_put(params, staged.state_sharding.params)
@@ -49,7 +49,7 @@ def test_layers_that_lie_on_several_stages_decode_alike(make_experiment):
     assert decode_best(staged, placed, tokenizer, INPUTS, search) == expected
 
 
-def test_a_later_start_goes_on_with_the_same_batches(made, monkeypatch):
+def test_later_start_continues_with_the_same_batches(made, monkeypatch):
     """In other batches rounding could decide otherwise between almost equal hypotheses."""
     experiment, params, tokenizer = made
     search, batches, counts = BeamOptions.from_config(experiment.config, tokenizer), [], []
@@ -81,7 +81,7 @@ def test_devices_share_the_inputs(make_experiment):
         assert found[0] == found[1]
 
 
-def test_a_prompt_and_what_follows_fit_the_context(make_experiment):
+def test_prompt_and_continuation_fit_the_context(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder")
     search = BeamOptions(2, 100, 0.0, Controls())
     found = decode_best(experiment, params, tokenizer, INPUTS, search)
@@ -90,13 +90,13 @@ def test_a_prompt_and_what_follows_fit_the_context(make_experiment):
         decode_best(experiment, params, tokenizer, [[1], [3] * 12], search)
 
 
-def test_positions_that_are_not_learned_have_no_end(make_experiment):
+def test_non_learned_positions_have_no_limit(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder", model__positions="rotary")
     search = BeamOptions(2, 20, 0.0, Controls())
     assert len(decode_best(experiment, params, tokenizer, [[1] * 13], search)[0]) == 20
 
 
-def test_the_whole_prompt_is_a_prefix(make_experiment):
+def test_whole_prompt_is_a_prefix(make_experiment):
     experiment, params, tokenizer = make_experiment("decoder", objective__name="prefix")
     found = decode_best(experiment, params, tokenizer, INPUTS, BeamOptions(1, 2, 0.0, Controls()))
     apply = jax.jit(experiment.model.apply)
@@ -140,7 +140,7 @@ def test_samples_obey_controls(make_experiment):
 
 
 @pytest.mark.parametrize("family", ["encoder_decoder", "lstm_encoder_decoder"])
-def test_a_target_goes_on_after_its_prefix(make_experiment, log_probabilities, family):
+def test_target_continues_after_its_prefix(make_experiment, log_probabilities, family):
     changes = {"decode__beam_size": 2, "data__target_prefix": "<b>,<a>"}
     experiment, params, tokenizer = make_experiment(family, **changes)
     options = BeamOptions(2, 20, 0.0, Controls())

@@ -48,7 +48,7 @@ def made(request, make_experiment):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.5])
-def test_a_beam_wide_enough_finds_every_hypothesis_in_order(made, log_probabilities, alpha):
+def test_beam_wide_enough_finds_every_hypothesis_in_order(made, log_probabilities, alpha):
     experiment, params, tokenizer, texts = made
     n = 4**0 + 4**1 + 4**2 + 4**3 + 4**4  # ended after 0 … 3 tokens, and cut after 4
     found = search(experiment, params, tokenizer, texts, 400, alpha)
@@ -92,7 +92,7 @@ def plain_search(next_logs, beam_size, alpha, longest):
     ],
     indirect=["made"],
 )
-def test_a_narrow_beam_does_what_a_plain_search_does(made, log_probabilities, beam_size, alpha):
+def test_narrow_beam_equals_a_plain_search(made, log_probabilities, beam_size, alpha):
     experiment, params, tokenizer, texts = made
 
     found = search(experiment, params, tokenizer, texts, beam_size, alpha)
@@ -118,7 +118,7 @@ def test_inputs_searched_together_and_alone_give_the_same(made):
     ]
 
 
-def test_a_beam_of_one_is_greedy(made, log_probabilities):
+def test_beam_of_one_is_greedy(made, log_probabilities):
     experiment, params, tokenizer, texts = made
     found = search(experiment, params, tokenizer, texts, 1, 0.6)
     for text, (output,) in zip(texts, found, strict=True):
@@ -183,7 +183,7 @@ def test_stopping_early_changes_nothing(alpha, ending):
     assert found[0][0] == list(expected[0][0])
 
 
-def test_a_search_stops_when_nothing_can_get_better():
+def test_beam_search_stops_when_no_hypothesis_can_improve():
     table = np.log([[0.05, 0.05, 0.9]] * 3)
     markov_search(table, BeamOptions(2, 1000, 0.0, Controls((END,))))
     assert len(N_STEPS) == 1  # [end] and [x, end]: what runs on has 0.05² at best
@@ -192,7 +192,7 @@ def test_a_search_stops_when_nothing_can_get_better():
     assert 1 < len(N_STEPS) < 29
 
 
-def test_a_search_waits_for_what_only_gets_better_when_long():
+def test_beam_search_waits_for_long_hypotheses():
     """After two steps what runs is worse than both that ended; length 100 is divided by 306."""
     table = np.log([[1e-9, 0.45, 0.55]] * 3)
     (found,) = markov_search(table, BeamOptions(2, 100, 2.0, Controls((END,))))
@@ -200,12 +200,12 @@ def test_a_search_waits_for_what_only_gets_better_when_long():
     assert found[0] == ([1] * 99 + [END], pytest.approx(longest, rel=1e-4))
 
 
-def test_each_input_has_its_own_limit():
+def test_inputs_have_separate_limits():
     found = markov_search(LOOP, BeamOptions(1, 6, 0.0, Controls((END,))), limits=(2, 9, 1))
     assert [row[0][0] for row in found] == [[1] * 2, [1] * 6, [1]]
 
 
-def test_where_there_are_fewer_hypotheses_the_rest_are_none():
+def test_missing_hypotheses_are_empty():
     only = np.tile([0, -np.inf, -np.inf], (3, 1))
     (found,) = markov_search(only, BeamOptions(3, 2, 1.0, Controls((END,))))
     assert found[0] == ([0, 0], 0.0)

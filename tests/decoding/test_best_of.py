@@ -49,14 +49,14 @@ def test_samples_are_ordered_by_reward_and_withheld_ones_come_last():
         (["--best_of", "2", "--reward_model", "runs/reward", "--greedy"], "omit --greedy"),
     ],
 )
-def test_what_cannot_choose_is_one_line(capsys, options, problem):
+def test_invalid_best_of_options_are_one_line_errors(capsys, options, problem):
     assert main(["generate", "--workdir", "runs/any", "--prompt", "a", *options]) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("error: ")
     assert problem in error
 
 
-def test_a_run_that_is_no_reward_model_is_named(tmp_path):
+def test_run_that_is_no_reward_model_is_named(tmp_path):
     with pytest.raises(UserError, match="its objective is causal, not reward"):
         RewardModel(str(write_run(tmp_path / "run", {}, [1.0])))
     with pytest.raises(UserError, match=r"no run in .*nowhere"):

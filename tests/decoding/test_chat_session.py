@@ -35,7 +35,7 @@ def said(session):
     return [message["content"] for message in session.messages]
 
 
-def test_answers_are_kept_and_can_be_taken_back(session):
+def test_answers_are_kept_and_can_be_undone(session):
     assert list(session.say("a")) == ["to a", " 5"]
     assert list(session.say("b")) == ["to b", " 6"]
     assert session.shown == ["a", "to a 5", "b"]
@@ -49,7 +49,7 @@ def test_answers_are_kept_and_can_be_taken_back(session):
             action()
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_is(session):
+def test_interrupted_answer_is_kept_as_far_as_it_is(session):
     parts = session.say("a")
     next(parts)
     parts.close()
@@ -74,7 +74,7 @@ def test_whole_oldest_turns_are_forgotten_and_the_system_prompt_is_not(session):
     assert session.n_forgotten == 0
 
 
-def test_a_saved_conversation_is_loaded(session, tmp_path):
+def test_saved_conversation_is_loaded(session, tmp_path):
     session.system = "S"
     list(session.say("é\n"))
     file = tmp_path / "chat.jsonl"
@@ -122,7 +122,7 @@ def test_words_that_mark_turns_end_an_answer(run, monkeypatch):
     assert seen["prompt"] == "<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_an_answer_that_is_begun_is_continued(run):
+def test_answer_that_is_begun_is_continued(run):
     template = ChatTemplate.of(run.tokenizer)
     chat = chat_of({"prompt": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
     assert run.tokenizer.decode(chat_ids(template, chat)) == (

@@ -66,7 +66,7 @@ class Pty:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a terminal of Linux")
-def test_the_terminal_edits_and_is_interrupted_and_left():
+def test_terminal_edits_and_is_interrupted_and_left():
     terminal = Pty(sys.executable, "-c", SLOW)
     terminal.wait_for(">>> ")
     terminal.type("wrld\x02\x02\x02o\n")  # Ctrl-B moves back
@@ -107,7 +107,7 @@ def lm(tiny_run, one_device, monkeypatch, capsys):
     return run
 
 
-def test_a_script_talks(lm, tmp_path):
+def test_scripted_chat(lm, tmp_path):
     file = tmp_path / "saved.jsonl"
     script = f"hello\n/system Be short.\n\n/regenerate\n/save {file}\n"
     printed = lm("chat", "--greedy", stdin=script)
@@ -138,7 +138,7 @@ def test_a_script_talks(lm, tmp_path):
         ("\udcff\n", "must be UTF-8"),
     ],
 )
-def test_an_error_ends_a_script(lm, script, said):
+def test_error_ends_a_script(lm, script, said):
     assert said in lm("chat", stdin=script)
 
 

@@ -42,14 +42,14 @@ def test_minus_infinity_stays():
         (((START, 1), (START, 1, 3, 0), (START, 3, 2)), [[0], [], [1]]),
     ],
 )
-def test_what_would_complete_a_banned_sequence(banned, expected):
+def test_tokens_that_complete_a_banned_sequence(banned, expected):
     found = np.asarray(ends_of_banned(WRITTEN, jnp.array(2), banned, 4))
     assert [np.flatnonzero(row).tolist() for row in found[:2]] == expected[:2]
     found = np.asarray(ends_of_banned(WRITTEN, jnp.array(0), banned, 4))
     assert np.flatnonzero(found[2]).tolist() == expected[2]
 
 
-def test_the_end_waits_for_the_shortest_length():
+def test_end_waits_for_the_shortest_length():
     controls = Controls(end_ids=(3,), min_length=2)
     scores = jnp.zeros((3, 4))
     for n, end in ((0, -np.inf), (1, -np.inf), (2, 0), (3, 0)):
@@ -90,7 +90,7 @@ def searched(probabilities, controls, longest):
     return tokens[:lengths].tolist(), float(scores)
 
 
-def test_a_search_obeys():
+def test_beam_search_obeys_controls():
     chances = [0.5, 0.3, 0.2]  # 2 ends
     assert searched(chances, Controls((2,)), 4)[0] == [2]
     tokens, score = searched(chances, Controls((2,), min_length=2), 8)
@@ -100,7 +100,7 @@ def test_a_search_obeys():
     assert (tokens, score) == ([0, 1, 0, 2], pytest.approx(np.log(0.5 * 0.3 * 0.5 * 0.2), rel=1e-5))
 
 
-def test_a_search_is_penalised_for_repeats():
+def test_beam_search_applies_the_repetition_penalty():
     """After 0, logits log 0.5 = -0.69 become -2.08, below log 0.3 = -1.20 of token 1."""
     tokens, _ = searched([0.5, 0.3, 0.2], Controls((2,), 3.0, min_length=2), 3)
     assert tokens[:2] == [0, 1]
@@ -120,11 +120,11 @@ class Spaced:
         return {"<unk>": 9}.get(name)
 
 
-def test_a_word_is_banned_with_and_without_a_space():
+def test_word_is_banned_with_and_without_a_space():
     assert banned_sequences(Spaced(), ["york", "new"]) == ((1,), (2,), (3, 4), (5, 4))
 
 
-def test_an_unknown_word_bans_nothing():
+def test_unknown_word_bans_nothing():
     assert banned_sequences(Spaced(), ["x", "york"]) == ((1,), (2,))
 
 

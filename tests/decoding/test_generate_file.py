@@ -29,7 +29,7 @@ def way(request, make_experiment, monkeypatch, tmp_path):
     ), output
 
 
-def test_a_second_start_gives_the_identical_file(way, monkeypatch, capsys):
+def test_second_start_gives_the_identical_file(way, monkeypatch, capsys):
     run, output = way
     monkeypatch.setattr("lm.progress._SECONDS_A_LINE", 0.0)
     run()
@@ -43,7 +43,7 @@ def test_a_second_start_gives_the_identical_file(way, monkeypatch, capsys):
         assert f"generating: {len(TEXTS)} of {len(TEXTS)} (100 %)" in capsys.readouterr().err
 
 
-def test_what_is_there_is_not_made_again(way, monkeypatch):
+def test_existing_files_are_not_rebuilt(way, monkeypatch):
     run, output = way
     run()
     whole = output.read_bytes()

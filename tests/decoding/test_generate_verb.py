@@ -67,7 +67,7 @@ def test_sources_become_targets(run, tmp_path):
     assert all(len(row["hypotheses"]) == 2 for row in rows)
 
 
-def test_misuse_is_one_line(run, tmp_path):
+def test_misuse_is_a_one_line_error(run, tmp_path):
     assert "--input and --output must be given together" in run("--input", "x")
     files = ["--input", tmp_path / "none", "--output", tmp_path / "out"]
     assert "no file" in run(*files)
@@ -80,7 +80,7 @@ def test_misuse_is_one_line(run, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["lstm", "decoder"])
-def test_a_classifier_writes_no_text(tmp_path, capsys, family):
+def test_classifier_does_not_generate_text(tmp_path, capsys, family):
     values = {"model.family": family, "model.bidirectional": family == "lstm"}
     values |= {"objective.name": "classification", "data.labels": "a,b"}
     values |= {"model.tie_embeddings": False, "model.vocab_size": 0}

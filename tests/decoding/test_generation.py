@@ -45,13 +45,13 @@ def test_prompts_start_like_documents(monkeypatch, experiment):
     assert seen["end_ids"] == (256,)
 
 
-def test_a_character_appears_when_its_bytes_are_complete(monkeypatch, experiment):
+def test_character_appears_when_its_bytes_are_complete(monkeypatch, experiment):
     euro = list("€".encode())
     parts, _ = continuations(monkeypatch, experiment, ["x"], [[*euro, 33]])
     assert parts == [["", "", "€", "!"]]
 
 
-def test_a_run_of_bytes_is_held_back_where_it_is_decoded_as_a_whole(monkeypatch, experiment):
+def test_byte_run_is_held_back_if_decoded_as_a_whole(monkeypatch, experiment):
     """The decoder of Llama: "é" and a byte that is no UTF-8 become three U+FFFD together."""
     tokenizers = pytest.importorskip("tokenizers")
     ids = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257}
@@ -82,7 +82,7 @@ def test_ended_rows_grow_no_more(monkeypatch, experiment):
         ("xab", ["x"], [""]),
     ],
 )
-def test_what_may_become_a_stop_text_is_held_back(monkeypatch, experiment, text, stop, parts):
+def test_possible_stop_texts_are_held_back(monkeypatch, experiment, text, stop, parts):
     found, _ = continuations(monkeypatch, experiment, ["x"], [list(text.encode())], stop)
     assert found == [parts]
 

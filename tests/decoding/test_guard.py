@@ -24,7 +24,7 @@ def guard(monkeypatch):
     return Guard("run", "bad", 0.5)
 
 
-def test_what_is_withheld_has_no_text_and_is_counted(guard):
+def test_withheld_outputs_have_no_text_and_are_counted(guard):
     outputs = [
         [Generation(f"a{'x' * (i % 3 == 0)}", -1.0), Generation("b", -2.0)] for i in range(40)
     ]
@@ -37,7 +37,7 @@ def test_what_is_withheld_has_no_text_and_is_counted(guard):
     assert guard.summary() == "guard: 14 of 80 outputs withheld"
 
 
-def test_a_record_says_what_is_withheld(guard):
+def test_record_says_what_is_withheld(guard):
     ((first, second),) = guard.screened([[Generation("x", None), Generation("y", -1.0)]])
     assert generation_record("prompt", "p", [first], 1) == {
         "prompt": "p",
@@ -51,6 +51,6 @@ def test_a_record_says_what_is_withheld(guard):
     }
 
 
-def test_a_guard_that_is_no_run_is_one_line():
+def test_guard_without_a_run_is_a_one_line_error():
     with pytest.raises(UserError, match=r"decode\.guard: no run in nowhere"):
         Guard("nowhere", "bad", 0.5)

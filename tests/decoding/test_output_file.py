@@ -27,7 +27,7 @@ def run(output, inputs=INPUTS, made_by=MADE_BY):
     return starts[0]
 
 
-def test_a_line_an_input(output):
+def test_one_input_per_line(output):
     assert run(output) == 0
     assert output.read_text() == "A\nB\n\nD\n"
 
@@ -35,7 +35,7 @@ def test_a_line_an_input(output):
 @pytest.mark.parametrize(
     ("size", "n_whole"), [(0, 0), (1, 0), (2, 1), (3, 1), (5, 3), (6, 3), (7, 4)]
 )
-def test_a_second_start_continues_wherever_the_first_was_cut(output, size, n_whole):
+def test_second_start_continues_wherever_the_first_was_cut(output, size, n_whole):
     run(output)
     whole = output.read_bytes()
     output.write_bytes(whole[:size])
@@ -43,7 +43,7 @@ def test_a_second_start_continues_wherever_the_first_was_cut(output, size, n_who
     assert output.read_bytes() == whole
 
 
-def test_lines_are_there_when_the_process_dies(output):
+def test_lines_survive_the_death_of_the_process(output):
     def lines_from(n):
         yield "A"
         assert output.read_text() == "A\n"
@@ -65,7 +65,7 @@ def test_inputs_may_get_more_at_the_end_only(output):
     assert output.read_text() == "A\nB\n\nD\nE\n"
 
 
-def test_what_another_command_made_is_left_alone(output):
+def test_output_of_different_settings_is_not_changed(output):
     run(output)
     with pytest.raises(UserError, match=r"different settings \(beam_size: 5 → 4; new: None → 1\)"):
         run(output, made_by={"step": 3, "beam_size": 4, "new": 1})
@@ -79,7 +79,7 @@ def test_what_another_command_made_is_left_alone(output):
     assert output.read_text() == "A\nB\n\nD\n"
 
 
-def test_an_output_that_cannot_be_written(tmp_path):
+def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to --output"):
         run(tmp_path / "file" / "out.txt")
@@ -116,5 +116,5 @@ def test_bad_inputs_are_reported_with_their_place(tmp_path, line, message):
         read_inputs(tmp_path / "b.txt", "prompt", "")
 
 
-def test_an_output_is_one_line():
+def test_output_is_a_one_line_error():
     assert join_lines("a\nb\r\nc\rd\u2028") == "a b c d\u2028"

@@ -58,7 +58,7 @@ def rows_of(steps):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 9.0])
-def test_a_row_that_nothing_may_follow_ends(model, params, temperature):
+def test_row_without_allowed_tokens_ends(model, params, temperature):
     """Rows begin with 5, which nothing may follow, or 9, after which they go on."""
     first = tuple((START, i) for i in range(VOCAB) if i not in (5, 9))
     controls = Controls(banned=(*first, *((5, i) for i in range(VOCAB))))
@@ -81,7 +81,7 @@ def test_rows_end_when_their_context_is_full(model, params, greedy_continuation)
     assert found == [greedy_continuation(prompt, 100) for prompt in PROMPTS]
 
 
-def test_a_row_ends_before_the_end_token(model, params, greedy_continuation):
+def test_row_ends_before_the_end_token(model, params, greedy_continuation):
     expected = [greedy_continuation(prompt, 6) for prompt in PROMPTS]
     end = expected[0][2]
     cut = [row[: row.index(end)] if end in row else row for row in expected]
@@ -117,7 +117,7 @@ def test_prompts_that_cannot_be_continued(model, params, prompts, message):
         next(generate(model, params, prompts, 4, GREEDY, 0))
 
 
-def test_the_longest_prompt_is_continued_by_one_token(model, params, greedy_continuation):
+def test_longest_prompt_is_continued_by_one_token(model, params, greedy_continuation):
     prompt = list(range(CONTEXT - 1))
     found = rows_of(generate(model, params, [prompt], 5, GREEDY, 0))
     assert found == [greedy_continuation(prompt, 5)]

@@ -56,7 +56,7 @@ def test_draws_follow_the_softmax_at_a_temperature(temperature):
         (Sampling(top_k=2, top_p=0.5), [3]),
     ],
 )
-def test_what_is_kept_keeps_its_proportions(sampling, kept):
+def test_filtered_distribution_keeps_its_proportions(sampling, kept):
     expected = np.zeros(5)
     expected[kept] = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
     assert_follows(draw(sampling), expected)
@@ -70,14 +70,14 @@ def test_temperature_acts_before_top_p():
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(top_p=1e-6), Sampling(top_k=1)])
-def test_greedy_takes_the_likeliest(sampling):
+def test_greedy_takes_the_most_likely_token(sampling):
     logits = jax.random.normal(jax.random.key(1), (64, 17))
     found = choose(logits, sampling, jax.random.key(0))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, np.asarray(logits).argmax(-1))
 
 
-def test_a_draw_does_not_depend_on_the_other_rows():
+def test_draw_does_not_depend_on_the_other_rows():
     logits = jax.random.normal(jax.random.key(1), (8, 17))
     others = logits.at[1:].set(jax.random.normal(jax.random.key(2), (7, 17)))
     for seed in range(20):
@@ -93,7 +93,7 @@ nucleus = jax.jit(in_nucleus, static_argnums=1)
 
 @settings(deadline=None, max_examples=60)
 @given(row=ROWS, p=st.sampled_from([0.0, 0.3, 0.6, 0.95]))
-def test_a_nucleus_is_what_sorting_finds(row, p):
+def test_nucleus_is_what_sorting_finds(row, p):
     row[0] = 0.0
     probabilities = scipy.special.softmax(np.asarray(row))
     likelier = (probabilities * (probabilities[None] > probabilities[:, None])).sum(1)

@@ -59,7 +59,7 @@ def test_outputs_of_a_json_schema_are_valid_json(tmp_path):
         assert values["b"] in ("yes", "no")
 
 
-def test_a_banned_pattern_is_nowhere_and_allowed_words_are_all():
+def test_banned_pattern_never_occurs_and_only_allowed_words_do():
     limits = limits_of(banned_pattern=r"[a-m]{2}|/x", allowed="al, net, I'm")
     for seed in range(10):
         text = (write(limits, seed) or b"").decode()
@@ -83,7 +83,7 @@ def test_words_of_scripts_without_spaces_may_follow_one_another():
         assert all(steps) == fits
 
 
-def test_the_bytes_of_tokens():
+def test_bytes_of_tokens():
     assert token_bytes(ByteTokenizer())[200:] == [*(bytes([i]) for i in range(200, 256)), None]
     assert token_bytes(CharTokenizer("aé猫")) == [b"a", "é".encode(), "猫".encode()]
     words = WordTokenizer(("<unk>", "<eos>", "the", "cat"), (1, 1, 1, 1))
@@ -105,13 +105,13 @@ def test_the_bytes_of_tokens():
         ({"grammar": "regex:[a"}, "unclosed"),
     ],
 )
-def test_a_limit_that_cannot_be_is_one_line(keys, message):
+def test_invalid_limit_is_a_one_line_error(keys, message):
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         limits_of(**keys)
     assert "\n" not in str(caught.value)
 
 
-def test_a_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
+def test_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
     """The thread that writes replies does not wait for it."""
     limits = with_grammar(None, "regex", "ab", ByteTokenizer(), (256,))
     monkeypatch.setattr(text_limits_module, "_matcher", None)
@@ -128,7 +128,7 @@ def test_a_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
         ("lark", 'start: "b" | " b a"', b" b a"),
     ],
 )
-def test_text_that_must_follow_is_spelt_without_what_a_tokenizer_puts_before(kind, source, text):
+def test_required_text_is_spelled_without_the_tokenizers_prefix(kind, source, text):
     """Llama's SentencePiece begins every text with a space, and lets no byte stand for one."""
     model = io.BytesIO()
     options = {"vocab_size": 270, "byte_fallback": True, "model_type": "bpe", "minloglevel": 3}
@@ -147,7 +147,7 @@ def test_text_that_must_follow_is_spelt_without_what_a_tokenizer_puts_before(kin
     assert b"".join(spelt[i] for i in ids[:-1]) == text
 
 
-def test_damaged_files_of_grammars_are_one_line(tmp_path):
+def test_damaged_files_of_grammars_are_one_line_errors(tmp_path):
     file = tmp_path / "bad"
     for kind, content in (("json", '{"type'), ("json", '{"type": "objekt"}'), ("lark", "start: x")):
         file.write_text(content)
@@ -157,7 +157,7 @@ def test_damaged_files_of_grammars_are_one_line(tmp_path):
         limits_of(CharTokenizer("ab"), (), grammar="regex:a")
 
 
-def test_a_row_that_nothing_may_follow_ends_in_compiled_code():
+def test_row_without_allowed_tokens_ends_in_compiled_code():
     controls = Controls((256,), limits=limits_of(grammar="regex:ab"))
     written = np.full((3, 4), -1, np.int32)
     written[0, :2], written[1, :2], written[2, :2] = (97, 98), (97, 120), (97, 256)

@@ -35,7 +35,7 @@ STOPS = st.lists(st.text("ab é€\ufffd", min_size=1, max_size=3), max_size=2)
     stop=STOPS,
     cuts=st.sets(st.integers(1, 79)),
 )
-def test_the_parts_are_the_text(name, prompt, new, stop, cuts):
+def test_parts_concatenate_to_the_text(name, prompt, new, stop, cuts):
     tokenizer = TOKENIZERS[name]
     prompt = [*prompt, ord("a")]  # a prompt is whole characters
     stream = TextStream(tokenizer, prompt, stop)
@@ -46,7 +46,7 @@ def test_the_parts_are_the_text(name, prompt, new, stop, cuts):
     assert "".join(parts) + stream.finish() == whole
 
 
-def test_a_token_decodes_as_little_after_many_as_at_first(monkeypatch):
+def test_decoding_cost_per_token_is_constant(monkeypatch):
     lengths = []
 
     class Counting(ByteTokenizer):

@@ -42,7 +42,7 @@ def tokens_of(model, params, n=12, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_unrolled_model_writes_what_the_stacked_one_computes(family):
+def test_unrolled_model_writes_what_the_stacked_one_computes(family):
     model = Decoder(TransformerConfig(**SMALL | FAMILIES[family] | {"init_std": 0.4}))
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), int)))["params"]
     unrolled, parts = unroll(model, params)
@@ -62,7 +62,7 @@ def test_an_unrolled_model_writes_what_the_stacked_one_computes(family):
         np.testing.assert_array_equal(row, expected)
 
 
-def test_a_cache_that_grows_changes_nothing(monkeypatch):
+def test_growing_the_cache_changes_nothing(monkeypatch):
     model = Decoder(TransformerConfig(**SMALL, init_std=0.4))
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), np.zeros((1, 4), int)))["params"]
     whole = tokens_of(model, params, n=40)
@@ -124,7 +124,7 @@ def test_kernels_are_stored_as_the_option_says():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_copies_neither_cache_nor_table(dtype, monkeypatch):
+def test_step_copies_neither_cache_nor_table(dtype, monkeypatch):
     *_, made, kept = prepared(**{"model.dtype": dtype})
     programs = []
 
@@ -155,7 +155,7 @@ def test_quantized_weights_are_as_small_as_promised(weights, model):
 
 
 @pytest.mark.parametrize("weights", BITS)
-def test_an_evaluation_has_the_weights_that_decoding_reads(weights):
+def test_evaluation_has_the_weights_that_decoding_reads(weights):
     lines = []
     experiment, params, made, kept = prepared(**{"decode.weights": weights})
     rounded = round_weights(experiment, params, lines.append)

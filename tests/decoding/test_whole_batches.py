@@ -38,7 +38,7 @@ def lstm(make_experiment):
     return engine, experiment, params
 
 
-def test_a_seed_gives_the_sample_of_sample_steps_whatever_else_runs(lstm):
+def test_seed_gives_the_sample_of_sample_steps_whatever_else_runs(lstm):
     engine, experiment, params = lstm
     request = GenerationRequest((1, 4, 5), 6, seed=3, number=1)
     others = [GenerationRequest((1, 3), 4), GenerationRequest((1,), 7), GenerationRequest((2,), 5)]
@@ -53,7 +53,7 @@ def test_a_seed_gives_the_sample_of_sample_steps_whatever_else_runs(lstm):
     assert lengths == [4, 7, 5]
 
 
-def test_cancelled_requests_say_nothing_more(lstm):
+def test_cancelled_requests_return_no_progress(lstm):
     engine, *_ = lstm
     first, second = (engine.add(GenerationRequest((1, 2), 7)) for _ in range(2))
     assert {one.request for one in engine.step()} == {first, second}
@@ -66,14 +66,14 @@ def test_cancelled_requests_say_nothing_more(lstm):
     assert engine.statistics().n_running == engine.statistics().n_waiting == 0
 
 
-def test_what_it_does_not_have_is_refused(lstm):
+def test_unsupported_features_are_rejected(lstm):
     engine, *_ = lstm
     for change, word in (({"adapter": "x"}, "x"), ({"prompt": (99,)}, "99"), ({"min_p": 2}, "2")):
         with pytest.raises(UserError, match=word):
             engine.add(GenerationRequest(**{"prompt": (1,), "max_new_tokens": 2, **change}))
 
 
-def test_an_update_is_of_later_requests_alone(lstm):
+def test_update_is_of_later_requests_alone(lstm):
     engine, experiment, params = lstm
     other = jax.tree.map(lambda x: -x, params)
     requests = [GenerationRequest((1, 4), 5, 0.0, seed=i) for i in range(2)]
@@ -136,7 +136,7 @@ def test_each_request_has_options_of_its_own(make_experiment, log_probabilities,
     assert run(engine, searched) == [([7, 7], LENGTH)]
 
 
-def test_an_encoder_decoder_writes_its_best_hypotheses(make_experiment):
+def test_encoder_decoder_writes_its_best_hypotheses(make_experiment):
     experiment, params, tokenizer = make_experiment("encoder_decoder", decode__beam_size=2)
     object.__setattr__(experiment, "tokenizer", tokenizer)
     engine = open_engine(experiment, params, EngineOptions(n_rows=4))

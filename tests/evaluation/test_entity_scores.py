@@ -5,7 +5,7 @@ import pytest
 from lm.evaluation.scores import score_predictions
 
 
-def test_an_entity_counts_when_its_words_and_its_type_are_right():
+def test_entity_counts_when_its_words_and_its_type_are_right():
     gold = ["B-PER I-PER O B-LOC", "O B-ORG O", "O"]
     found = ["B-PER I-PER O B-PER", "O B-ORG I-ORG", "O"]
     # Of three entities found and three there are one is right; of eight tags six.

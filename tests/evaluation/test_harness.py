@@ -125,7 +125,7 @@ def pairs(empty=True):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-def test_log_likelihoods_are_those_of_lm_evals_own_model(make, kind, tmp_path):
+def test_log_likelihoods_match_lm_evals_own_model(make, kind, tmp_path):
     theirs, workdir = make(kind)
     requests = instances("loglikelihood", pairs(empty=kind != "t5"))
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
@@ -146,7 +146,7 @@ def test_rolling_log_likelihoods_of_texts_longer_than_the_context(make, kind, tm
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-def test_generated_texts_are_those_of_lm_evals_own_model(make, kind, tmp_path):
+def test_generated_texts_match_lm_evals_own_model(make, kind, tmp_path):
     theirs, workdir = make(kind)
     options = {"until": ["q", "\n\n"], "max_gen_toks": 6, "do_sample": False}
     other = options | {"until": [], "max_gen_toks": 3}
@@ -171,7 +171,7 @@ def test_scores_do_not_depend_on_the_mesh(make, tmp_path):
     np.testing.assert_allclose([x for x, _ in one], [x for x, _ in other], rtol=1e-5)
 
 
-def test_a_choice_is_scored_token_by_token(make):
+def test_choices_are_scored_token_by_token(make):
     run = load_run(make("gpt2")[1])
     question = Question("the cat", (" sat on", " zzz", ""))
     record = next(score_questions(run.experiment, run.params, run.tokenizer, [question]))
@@ -189,7 +189,7 @@ def test_a_choice_is_scored_token_by_token(make):
     assert second["log_likelihood"] < 0
 
 
-def test_an_encoder_scores_each_token_masked_in_turn(tmp_path):
+def test_encoder_scores_each_token_masked_in_turn(tmp_path):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS))]
     (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
     theirs = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
@@ -221,7 +221,7 @@ def test_an_encoder_scores_each_token_masked_in_turn(tmp_path):
     np.testing.assert_allclose(found.log_likelihoods, expected, rtol=1e-4)
 
 
-def test_a_continuation_must_fit_and_needs_something_before_it(make):
+def test_continuation_must_fit_and_needs_a_context(make):
     run = load_run(make("gpt2")[1])
     parts = run.experiment, run.params, run.tokenizer
     with pytest.raises(UserError, match="text 1 has 25 tokens to score; the context holds 24"):
@@ -328,7 +328,7 @@ def test_lm_score_continues_its_output(make, tmp_path, capsys):
         ('{"continuations": ["\\ud800"]}', "lone surrogate"),
     ],
 )
-def test_a_bad_line_of_lm_score_is_named(make, line, message, tmp_path, capsys):
+def test_bad_line_of_lm_score_is_named(make, line, message, tmp_path, capsys):
     (tmp_path / "in.jsonl").write_text(f'{{"continuations": ["a"]}}\n{line}\n')
     words = ["score", "--workdir", str(make("gpt2")[1]), "--input", str(tmp_path / "in.jsonl")]
     assert main(words) == 2
@@ -337,9 +337,7 @@ def test_a_bad_line_of_lm_score_is_named(make, line, message, tmp_path, capsys):
     assert message in error
 
 
-def test_tasks_while_training_are_those_of_the_verb(
-    task, tiny_config, tmp_path, one_device, capsys
-):
+def test_tasks_while_training_match_the_verb(task, tiny_config, tmp_path, one_device, capsys):
     file = str(task / "words.yaml")
     options = {"eval__every_steps": 2, "eval__harness_every": 4, "eval__harness_limit": 2}
     plain = tiny_config(eval__every_steps=2)
@@ -369,7 +367,7 @@ def test_tasks_while_training_are_those_of_the_verb(
         ({"data__validation_fraction": 0.0, "eval__harness": "a"}, "needs validation data"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_before_the_first_step(
+def test_impossible_evaluations_are_reported_before_the_first_step(
     task, values, message, tiny_config, tmp_path, one_device, monkeypatch
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
@@ -387,7 +385,7 @@ CHAT = (
 )
 
 
-def test_a_run_with_added_tokens_reads_them_in_prompts():
+def test_run_with_added_tokens_reads_them_in_prompts():
     tokenizer = ExtendedTokenizer(ByteTokenizer(), ("<|a|>",), CHAT)
     ids = [257, *b"b", 257]
     assert chat_tokenizer(tokenizer).encode("<|a|>b<|a|>").tolist() == ids

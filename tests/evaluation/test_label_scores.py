@@ -11,7 +11,7 @@ def test_accuracy_is_in_percent():
     assert accuracy([0, 1, 2, 1], [0, 0, 2, 1]) == {"accuracy": 75.0}
 
 
-def test_accuracy_takes_any_of_several_references():
+def test_accuracy_accepts_any_reference():
     assert accuracy(["b", "b"], [["a", "b"], "a"]) == {"accuracy": 50.0}
 
 
@@ -32,7 +32,7 @@ def test_f1_without_positive_predictions_is_zero():
 
 
 @pytest.mark.parametrize(("references", "found"), [([0, 1, 2], "3: use macro_f1"), ([1] * 3, "1")])
-def test_f1_wants_two_labels(references, found):
+def test_f1_needs_two_labels(references, found):
     with pytest.raises(UserError, match=f"two labels, but the references have {found}"):
         f1([0, 0, 0], references)
 
@@ -70,12 +70,12 @@ def test_numbers_may_be_text():
 
 @pytest.mark.parametrize("correlation", [pearson, spearman])
 @pytest.mark.parametrize("predictions", [[0.5, 0.5], [0.5]])
-def test_a_correlation_with_a_constant_is_undefined(correlation, predictions):
+def test_correlation_with_a_constant_is_undefined(correlation, predictions):
     (score,) = correlation(predictions, [0.0, 1.0][: len(predictions)]).values()
     assert math.isnan(score)
 
 
 @pytest.mark.parametrize("metric", [f1, macro_f1, matthews, pearson, spearman])
-def test_several_references_are_refused_where_one_is_wanted(metric):
+def test_several_references_are_rejected_where_one_is_wanted(metric):
     with pytest.raises(UserError, match="example 2 has several references"):
         metric([0, 1], [0, [1, 1]])

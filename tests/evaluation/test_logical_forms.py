@@ -53,7 +53,7 @@ def test_forms_match_up_to_names_and_to_the_order_of_and_and_or(reference, predi
     assert score(prediction, reference) == 100 * matches
 
 
-def test_the_order_of_arguments_does_not_depend_on_the_names_of_their_variables():
+def test_order_of_arguments_does_not_depend_on_the_names_of_their_variables():
     """Sorting before renaming, as published, takes these two for different ones."""
     one, other = (
         f"( exists ${a} ( exists ${b} ( and ( p ${a} ) ( p ${b} ) ( r ${a} ${b} ) ) ) )"
@@ -62,6 +62,6 @@ def test_the_order_of_arguments_does_not_depend_on_the_names_of_their_variables(
     assert canonical_form(parse_form(one)) == canonical_form(parse_form(other))
 
 
-def test_a_damaged_reference_is_named():
+def test_damaged_reference_is_named():
     with pytest.raises(UserError, match=r"the reference of example 2: unclosed bracket in"):
         score_predictions(["logical_form_match"], ["s0", "s0"], ["s0", "( p s0"])

@@ -61,19 +61,19 @@ def test_perplexities_and_bits_are_of_all_nats(make_evaluation):
     assert 0 <= found["accuracy"] <= 1
 
 
-def test_perplexity_knows_no_smoothing(make_evaluation):
+def test_perplexity_ignores_label_smoothing(make_evaluation):
     plain = make_evaluation("causal decoder")[-1]
     smooth = make_evaluation("causal decoder", objective__label_smoothing=0.2)[-1]
     assert smooth["loss"] != pytest.approx(plain["loss"], rel=1e-3)
     assert smooth["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
 
 
-def test_of_a_part_of_the_split_no_figure_by_word_or_byte_is_given(make_evaluation):
+def test_partial_evaluation_has_no_figure_per_word_or_byte(make_evaluation):
     found = make_evaluation("causal decoder", max_batches=1)[-1]
     assert set(found) == {"loss", "accuracy", "perplexity", "targets"}
 
 
-def test_a_step_that_fails_ends_the_thread_that_prepares_batches(make_kind):
+def test_step_that_fails_ends_the_thread_that_prepares_batches(make_kind):
     """A process waits for that thread, and its traceback keeps the loop."""
     config = make_kind("causal decoder", data__validation_fraction=0.3, eval__batch_size=1)
     experiment, dataset = build_with_data(config, jax.devices()[:1])

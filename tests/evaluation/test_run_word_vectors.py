@@ -31,7 +31,7 @@ def write(tmp_path):
     return write
 
 
-def test_the_vectors_of_a_run_are_the_rows_of_its_words():
+def test_vectors_of_a_run_are_the_rows_of_its_words():
     tokenizer = WordTokenizer.fit(["b b a\n"])
     table = jnp.arange(12.0).reshape(6, 2)  # two rows more than there are words
     params = {
@@ -43,13 +43,13 @@ def test_the_vectors_of_a_run_are_the_rows_of_its_words():
     np.testing.assert_array_equal(vectors.vectors, table[:4])
 
 
-def test_a_run_without_words_has_no_word_vectors():
+def test_run_without_words_has_no_word_vectors():
     with pytest.raises(UserError, match=r"tokenizer is byte.*data\.tokenizer=words"):
         trained_word_vectors(infos("words/rows"), {}, ByteTokenizer())
 
 
 @pytest.mark.parametrize("paths", [(), ("source/rows", "target/rows")])
-def test_a_run_without_one_table_of_tokens_has_no_word_vectors(paths):
+def test_run_without_one_table_of_tokens_has_no_word_vectors(paths):
     with pytest.raises(UserError, match=f"one embedding of its input tokens, not {len(paths)}"):
         trained_word_vectors(infos(*paths), {}, WordTokenizer.fit(["a\n"]))
 

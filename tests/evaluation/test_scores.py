@@ -19,13 +19,13 @@ def test_score_predictions_joins_the_scores_of_all_names():
     assert all(value == pytest.approx(100) for value in scores.values() if type(value) is float)
 
 
-def test_an_unknown_name_is_told_the_nearest():
+def test_unknown_name_is_told_the_nearest():
     with pytest.raises(UserError, match="unknown metric 'belu'; did you mean bleu"):
         score_predictions(["belu"], ["a"], ["a"])
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_every_metric_refuses_what_does_not_match(name):
+def test_every_metric_rejects_what_does_not_match(name):
     with pytest.raises(UserError, match="1 predictions for 2 references"):
         score_predictions([name], ["a"], ["a", "b"])
     with pytest.raises(UserError, match="nothing to score"):
@@ -40,7 +40,7 @@ def test_every_metric_refuses_what_does_not_match(name):
         ("macro_f1", "sklearn.metrics", "scikit-learn"),
     ],
 )
-def test_a_missing_library_is_told_with_the_command_that_installs_it(
+def test_missing_library_is_told_with_the_command_that_installs_it(
     monkeypatch, name, module, package
 ):
     monkeypatch.setitem(sys.modules, module, None)

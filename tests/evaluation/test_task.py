@@ -105,7 +105,7 @@ CLASSIFY = {
 }
 
 
-def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path, shown_progress):
+def test_classifier_learns_and_is_scored(write, train, lm, tmp_path, shown_progress):
     write("train.tsv", sentences(160, seed=0))
     write("test.tsv", sentences(41, seed=1))
     task = {"data.test_source": "tsv:test.tsv", "train.steps": 60}
@@ -136,7 +136,7 @@ def test_a_classifier_learns_and_is_scored(write, train, lm, tmp_path, shown_pro
     assert lm("eval", "--split", "test", "--config.data.test_source=tsv:none").startswith("no file")
 
 
-def test_a_regression_is_scored_by_its_correlations(write, train, lm, tmp_path, monkeypatch):
+def test_regression_is_scored_by_its_correlations(write, train, lm, tmp_path, monkeypatch):
     chance = random.Random(0)
     rows = [chance.choices("ab", k=8) for _ in range(200)]
     write("train.tsv", (f"{row.count('a')}\t{' '.join(row)}" for row in rows))
@@ -160,7 +160,7 @@ def backwards():
 
 
 @pytest.mark.parametrize("family", ["encoder_decoder", "lstm_encoder_decoder"])
-def test_a_model_learns_to_reverse(write, train, lm, tmp_path, family, shown_progress):
+def test_model_learns_to_reverse(write, train, lm, tmp_path, family, shown_progress):
     lines = backwards()
     write("train.tsv", lines[40:])
     write("test.tsv", lines[:40])
@@ -211,7 +211,7 @@ def squad(n, seed, impossible):
 
 
 @pytest.mark.parametrize("impossible", [False, True])
-def test_an_encoder_learns_to_find_answers(write, train, lm, tmp_path, impossible):
+def test_encoder_learns_to_find_answers(write, train, lm, tmp_path, impossible):
     write("train.json", squad(160, 0, impossible))
     write("more.json", squad(11, 1, impossible))
     write("test.json", squad(20, 2, impossible))
@@ -238,7 +238,7 @@ def test_an_encoder_learns_to_find_answers(write, train, lm, tmp_path, impossibl
     assert report["squad_exact_match"] == pytest.approx(100 * right / 31)
 
 
-def test_a_run_without_a_task_is_said(write, train, lm):
+def test_run_without_a_task_is_reported(write, train, lm):
     write("text.txt", ["a b c d"] * 30)
     train(
         {

@@ -28,7 +28,7 @@ REFERENCES = [
 ]
 
 
-def test_bleu_and_chrf_of_several_references_are_those_of_the_readme_of_sacrebleu():
+def test_bleu_and_chrf_of_several_references_match_the_readme_of_sacrebleu():
     scores = bleu(PREDICTIONS, REFERENCES)
     assert scores["bleu"] == pytest.approx(48.53, abs=0.005)
     assert scores["bleu_signature"].startswith("nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|")
@@ -86,7 +86,7 @@ def test_only_rouge_stemmed_stems():
     assert rouge_stemmed(["meetings"], ["meeting"])["rouge1_stemmed"] == 100
 
 
-def test_an_example_without_reference_is_named():
+def test_example_without_reference_is_named():
     with pytest.raises(UserError, match="example 2 has no reference"):
         bleu(["a", "b"], ["a", []])
 
@@ -118,7 +118,7 @@ def test_squad_of_t5s_qa_utils_test():
     assert squad(predictions, answers) == scores(50, 50)
 
 
-def test_squad_normalises_as_the_official_script():
+def test_squad_normalizes_as_the_official_script():
     # T5's test_normalize_squad: punctuation goes before articles, only ASCII punctuation goes
     assert squad(
         ["`Needs\tA_LOT of the 'normalization'.\"‘"], ["needs alot of normalization‘"]
@@ -135,7 +135,7 @@ def test_squad_takes_the_best_answer_for_each_score():
     assert squad(["abd"], [["abc abd", "$$$$"]]) == scores(0, 200 / 3)  # T5's test_qa_small
 
 
-def test_squad_drops_answers_that_normalise_to_nothing():
+def test_squad_drops_answers_that_normalize_to_nothing():
     assert squad([""], [["abc", "$$$$"]]) == scores(0, 0)
 
 
@@ -180,7 +180,7 @@ def test_bleu_is_tokenized_by_the_script_of_the_references(tokenizer):
 
 
 @pytest.mark.parametrize("text", NEIGHBORS)
-def test_the_script_of_most_letters_decides(text):
+def test_script_of_most_letters_decides(text):
     assert tokenizer_of_script([text])[0] == NEIGHBORS[text]
 
 
@@ -194,7 +194,7 @@ def test_without_mecab_japanese_is_scored_by_characters_and_said(monkeypatch):
         bleu([prediction], [reference], bleu_tokenizer="ja-mecab")
 
 
-def test_the_tokenizer_of_the_configuration_reaches_bleu_alone():
+def test_tokenizer_of_the_configuration_reaches_bleu_alone():
     reference, prediction = SENTENCES["zh"]
     settings = {"bleu_tokenizer": "char", "batch_size": 8}
     found = score_predictions(["bleu", "chrf"], [prediction], [reference], settings)

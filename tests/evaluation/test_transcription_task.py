@@ -24,7 +24,7 @@ def run(make_kind, tmp_path, one_device):
     return tmp_path / "run"
 
 
-def test_a_run_transcribes_what_it_was_trained_on(run, spoken_file, tmp_path, capsys):
+def test_run_transcribes_what_it_was_trained_on(run, spoken_file, tmp_path, capsys):
     def lm(*words, code=0):
         assert main([*words, "--workdir", str(run)]) == code
         return capsys.readouterr()

@@ -33,7 +33,7 @@ def test_rates_are_edits_over_the_length_of_all_references():
     assert score_predictions(["wer"], ["x", "A"], ["", "a"]) == {"wer": 100.0}
 
 
-def test_what_has_no_rate_is_said():
+def test_parameters_without_a_rate_are_reported():
     with pytest.raises(UserError, match="needs references with words"):
         wer(["a"], ["..."])
     with pytest.raises(UserError, match="example 1 has several references"):

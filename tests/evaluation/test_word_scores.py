@@ -61,7 +61,7 @@ def test_analogies_by_section_kind_and_in_total():
     assert scores["total"] == {"accuracy": 50, "found": 4, "questions": 6}
 
 
-def test_the_words_of_the_question_are_no_answer():
+def test_words_of_the_question_are_no_answer():
     # woman - man + throne is nearest to "woman" itself if that may answer
     vectors = WordVectors(
         ("a", "b", "c", "d"), np.float32([[1, 0], [0.9, 0.1], [0.9, 0.2], [0, 1]])

@@ -50,7 +50,7 @@ def made():
     return experiment, params, Corpus(), tokens, segments
 
 
-def test_peaks_shares_and_contexts_are_those_of_all_activations(made):
+def test_peaks_shares_and_contexts_match_all_activations(made):
     experiment, params, corpus, tokens, segments = made
     found = list(top_neurons(experiment, params, corpus))
     _, captured = run_and_capture(
@@ -77,7 +77,7 @@ def test_peaks_shares_and_contexts_are_those_of_all_activations(made):
             assert neuron.contexts[0].ids.tolist() == tokens[row][same].tolist()
 
 
-def test_a_model_of_experts_alone_has_none(made, monkeypatch):
+def test_model_of_experts_alone_has_none(made, monkeypatch):
     experiment, params, corpus, *_ = made
     monkeypatch.setattr(neurons, "run_and_capture", lambda *args: (None, {}))
     with pytest.raises(UserError, match="no dense feed-forward layers"):

@@ -79,7 +79,7 @@ def test_texts_have_the_label_of_their_row(model, labeled_file):
     assert report.majority == pytest.approx(100 * 2 / 3)
 
 
-def test_the_control_task_gives_a_word_type_one_label():
+def test_control_task_gives_a_word_type_one_label():
     spans = [[LabeledSpan(0, 1, "a", f"w{i % 50}") for i in range(400)] for _ in range(2)]
     labels = np.array(["a", "b", "b", "b"] * 100)
     first, second = _control_labels(spans, labels, 0)
@@ -97,7 +97,7 @@ def test_the_control_task_gives_a_word_type_one_label():
         ("text\tlabel\n" + "".join(f"a{i}\t{i}\n" for i in range(300)), "240 different labels"),
     ],
 )
-def test_records_that_no_probe_fits_are_one_line(model, tmp_path, text, message):
+def test_records_that_no_probe_fits_are_one_line_errors(model, tmp_path, text, message):
     experiment, variables = model
     file = tmp_path / "records.tsv"
     file.write_text(text)
@@ -105,7 +105,7 @@ def test_records_that_no_probe_fits_are_one_line(model, tmp_path, text, message)
         probe(experiment, variables["params"], f"tsv:{file}", None)
 
 
-def test_held_out_records_of_other_labels_are_one_line(model, tagged_file, labeled_file):
+def test_held_out_records_of_other_labels_are_one_line_errors(model, tagged_file, labeled_file):
     experiment, variables = model
     sources = f"conll:{tagged_file}", f"tsv:{labeled_file}"
     with pytest.raises(UserError, match="none of its labels occur in conll:"):

@@ -103,7 +103,7 @@ def test_losses_and_the_lens_of_the_last_layer_are_the_models(known):
     assert unlike.max() > 1e-2
 
 
-def test_a_rank_counts_the_likelier_ids(known):
+def test_rank_counts_more_likely_ids(known):
     found = known.found.predictions
     targets = known.passage.targets
     for q, target in enumerate(targets):
@@ -145,7 +145,7 @@ def test_rows_of_attention_sum_to_1_and_see_what_the_mask_shows(known):
         assert later == (known.kind == "encoder" or path not in ("attention", "decoder/attention"))
 
 
-def test_windows_are_those_of_the_layers(known):
+def test_windows_match_the_layers(known):
     if known.kind == "decoder":  # the first layer sees three tokens, the second all before
         local, everything = known.found.arrays["attention"]
         far = np.subtract.outer(np.arange(len(TOKENS)), np.arange(len(TOKENS))) >= 3
@@ -164,7 +164,7 @@ def test_norms_add_up(known):
         assert (residual[1:] <= residual[:-1] + updates.sum(1) + 1e-5).all()
 
 
-def test_a_class_is_predicted_from_the_whole_text():
+def test_class_is_predicted_from_the_whole_text():
     config = default()
     values = {"model.n_layers": 1, "model.family": "encoder", "model.n_classes": 3}
     values |= {"objective.name": "classification", "data.labels": "x,y,z"}

@@ -14,7 +14,7 @@ KINDS = ["gpt2", "bert", "deberta", "bart", "t5", "llama-grouped-tied", "gemma2"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_maps_of_every_head_are_theirs(make_theirs, name):
+def test_attention_maps_match_transformers(make_theirs, name):
     theirs, folder = make_theirs(name)
     model, params = huggingface.load(folder)
     ids = np.random.default_rng(0).integers(4, 96, (2, 9))

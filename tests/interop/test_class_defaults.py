@@ -10,7 +10,7 @@ from lm.interop.model_folder import FAMILIES
 
 
 @pytest.mark.parametrize("kind", CLASS_DEFAULTS)
-def test_a_missing_value_is_that_of_the_class(kind):
+def test_missing_value_matches_the_class(kind):
     fields = dataclasses.fields(transformers.AutoConfig.for_model(kind))
     stated = {f.name: f.default for f in fields}
     for name, value in CLASS_DEFAULTS[kind].items():
@@ -18,7 +18,7 @@ def test_a_missing_value_is_that_of_the_class(kind):
 
 
 @pytest.mark.parametrize("kind", ALIASES)
-def test_aliases_are_those_of_the_class_and_are_read(kind):
+def test_aliases_match_the_class_and_are_read(kind):
     config = transformers.AutoConfig.for_model(kind)
     assert ALIASES[kind].items() <= config.attribute_map.items()
     whole, named = config.to_dict(), {key: name for name, key in ALIASES[kind].items()}
@@ -36,7 +36,7 @@ def test_every_family_has_defaults():
     assert CLASS_DEFAULTS.keys() == {family.model_type for family in FAMILIES.values()}
 
 
-def test_a_config_of_sizes_alone_is_read_as_there(make_theirs):
+def test_config_with_only_sizes_is_read_as_by_transformers(make_theirs):
     """Everything else is at the class's default, whose values a saved config.json would repeat."""
     sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 32}
     for kind in ("llama", "mistral", "qwen3_moe", "gemma2", "smollm3", "gpt_oss", "stablelm"):

@@ -33,7 +33,7 @@ def boxed(model):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_folder_holds_the_numbers_that_decoding_reads(bits, model, boxed, tmp_path):
+def test_exported_weights_equal_those_used_in_decoding(bits, model, boxed, tmp_path):
     """Groups of 32 and, of 86 inputs, of 86; the embeddings and the output stay whole."""
     leaves = {path: box.value for path, box in flat(boxed).items()}
     save(model, nested(leaves), tmp_path, quantize=f"int{bits}")
@@ -54,7 +54,7 @@ def test_a_folder_holds_the_numbers_that_decoding_reads(bits, model, boxed, tmp_
     assert groups == ([None] if bits == 8 else [32, 86])
 
 
-def test_what_is_no_such_folder_is_refused(model, boxed, tmp_path):
+def test_invalid_folder_is_rejected(model, boxed, tmp_path):
     leaves = {path: box.value for path, box in flat(boxed).items()}
     save(model, nested(leaves), tmp_path, quantize="int4")
     config, file = tmp_path / "config.json", tmp_path / SINGLE

@@ -10,7 +10,7 @@ from lm.models.disentangled_attention import log_buckets
 @pytest.mark.parametrize(
     ("n_buckets", "longest"), [(256, 512), (6, 20), (4, 9), (32, 512), (128, 1024), (64, 66)]
 )
-def test_buckets_are_those_of_transformers(n_buckets, longest):
+def test_buckets_match_transformers(n_buckets, longest):
     module = transformers.models.deberta_v2.modeling_deberta_v2
     distances = np.arange(-1500, 1501)
     theirs = module.make_log_bucket_position(torch.tensor(distances), n_buckets, longest)

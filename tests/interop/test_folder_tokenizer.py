@@ -232,7 +232,7 @@ def _release(place, vocabulary, config, special_map, generation, model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_folder_states_is_kept(released, name):
+def test_settings_of_a_folder_are_kept(released, name):
     bos, ends, pad, before = FAMILIES[name][5]
     folder, run, out, _ = released(name)
     tokenizer = load_saved_tokenizer(run / "tokenizer")
@@ -255,7 +255,7 @@ def test_what_a_folder_states_is_kept(released, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hostile_texts_have_the_same_ids_in_all_three(released, name):
+def test_adversarial_texts_have_the_same_ids_in_all_three(released, name):
     require_same_ids(released(name), [(text, other) for text in HOSTILE for other in ("", "the")])
 
 
@@ -300,7 +300,7 @@ GENERATING = [name for name in FAMILIES if "bert" not in name]
 
 
 @pytest.mark.parametrize("name", GENERATING)
-def test_greedy_text_is_theirs_before_and_after(released, name, tmp_path, one_device):
+def test_greedy_text_matches_transformers_before_and_after(released, name, tmp_path, one_device):
     folder, run, out, _ = released(name)
     prompts, n = ["the cat", "a", "then one"], 12
     (tmp_path / "in.txt").write_text("\n".join(prompts))
@@ -381,7 +381,7 @@ SEPARATORS = "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e\xa0\u3000\r"
 
 @given(st.lists(st.text(st.sampled_from("ab#" + SEPARATORS), min_size=1), unique=True))
 @settings(deadline=None)
-def test_an_entry_of_vocab_txt_may_hold_any_line_separator_but_newline(tmp_path_factory, pieces):
+def test_entry_of_vocab_txt_may_hold_any_line_separator_but_newline(tmp_path_factory, pieces):
     folder = tmp_path_factory.mktemp("bert")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     pieces = [*special, *(p for p in pieces if not p.endswith("\r")), "cat", "##s"]
@@ -394,7 +394,7 @@ def test_an_entry_of_vocab_txt_may_hold_any_line_separator_but_newline(tmp_path_
 
 @given(st.lists(st.sampled_from("ab" + SEPARATORS.replace("\r", "")), unique=True, min_size=2))
 @settings(deadline=None)
-def test_a_merge_may_hold_any_line_separator_but_newline(tmp_path_factory, letters):
+def test_merge_may_hold_any_line_separator_but_newline(tmp_path_factory, letters):
     folder = tmp_path_factory.mktemp("gpt2")
     pairs = list(itertools.pairwise(letters))
     pieces = [*letters, *dict.fromkeys(a + b for a, b in pairs)]
@@ -432,7 +432,7 @@ def test_added_tokens_beside_a_sentencepiece_model_have_their_ids(tmp_path, stat
     assert again.digest == tokenizer.digest
 
 
-def test_a_piece_of_the_vocabulary_may_be_an_added_token(tmp_path):
+def test_piece_of_the_vocabulary_may_be_an_added_token(tmp_path):
     """A text is cut at it, as in transformers; another id than the vocabulary's is an error."""
     made = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3}, [("a", "b")]))
     (tmp_path / "tokenizer.json").write_text(made.to_str())

@@ -100,7 +100,7 @@ def test_rows_are_read_alone(released, tmp_path):
         (lambda c, t, n: c.update(quantization_config={"quant_method": "awq"}), "awq"),
     ],
 )
-def test_what_does_not_match_is_refused(released, tmp_path, change, message):
+def test_mismatch_is_rejected(released, tmp_path, change, message):
     config, tensors, _ = released
     config, tensors = json.loads(json.dumps(config)), {k: x.clone() for k, x in tensors.items()}
     name = next(name for name in tensors if tensors[name].dtype == torch.float8_e4m3fn)

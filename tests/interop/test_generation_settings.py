@@ -52,7 +52,7 @@ def tokenizer(files, generation=None, about=None):
         {"no_timestamps_token_id": PLAIN},
     ],
 )
-def test_forced_tokens_are_those_of_generate(files, generation):
+def test_forced_tokens_match_generate(files, generation):
     config = transformers.GenerationConfig(decoder_start_token_id=START, **generation)
     if not hasattr(config, "return_timestamps"):
         config.return_timestamps = False
@@ -81,7 +81,7 @@ def test_forced_tokens_are_those_of_generate(files, generation):
         {"no_timestamps_token_id": 999},
     ],
 )
-def test_a_language_to_be_detected_and_unknown_ones_force_nothing(files, generation):
+def test_language_to_be_detected_and_unknown_ones_force_nothing(files, generation):
     assert forced_tokens(tokenizer(files, generation)) == []
 
 

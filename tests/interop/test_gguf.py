@@ -64,7 +64,7 @@ def theirs_again(name: str, values: np.ndarray, architecture: str, values_of: di
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_tensors_are_theirs(name, make_theirs, tmp_path, one_device):
+def test_tensors_match_transformers(name, make_theirs, tmp_path, one_device):
     model, folder = make_theirs(name)
     code, file = export(folder, tmp_path)
     assert code == 0
@@ -87,7 +87,7 @@ def test_tensors_are_theirs(name, make_theirs, tmp_path, one_device):
 
 
 @pytest.mark.parametrize(("name", "words"), REFUSED.items())
-def test_what_llama_cpp_cannot_compute(name, words, make_theirs, tmp_path, capsys, one_device):
+def test_settings_unsupported_by_llama_cpp(name, words, make_theirs, tmp_path, capsys, one_device):
     code, file = export(make_theirs(name)[1], tmp_path)
     assert code == 2
     assert words in capsys.readouterr().err
@@ -107,7 +107,7 @@ def test_types_of_weights(dtype, kind, within, make_theirs, tmp_path, one_device
     assert 0 < np.abs(found - expected).max() < within * np.abs(expected).max()
 
 
-def test_a_byte_level_tokenizer(tmp_path, one_device):
+def test_byte_level_tokenizer(tmp_path, one_device):
     """Merges, the kind of words, special tokens, what starts a text, the chat template."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -137,7 +137,7 @@ def test_a_byte_level_tokenizer(tmp_path, one_device):
     assert (of["ggml.add_bos_token"], of["chat_template"]) == (False, "{{ messages }}")
 
 
-def test_a_tokenizer_of_bytes_is_refused(tmp_path, capsys, one_device):
+def test_tokenizer_of_bytes_is_rejected(tmp_path, capsys, one_device):
     values = {"model.vocab_size": 260, "model.activation": "gelu_tanh"}
     run = random_run(tmp_path / "run", values, ByteTokenizer())
     words = ["export", "--workdir", str(run), "--to", str(tmp_path / "to"), "--format", "gguf"]

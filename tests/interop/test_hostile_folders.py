@@ -126,7 +126,7 @@ def use_tokenizer(folder):
 @pytest.mark.parametrize("kind", ["definition", "model", "pieces", "merges"])
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_any_file_of_a_tokenizer_is_used_or_refused(vocabularies, kind, data, tmp_path_factory):
+def test_any_file_of_a_tokenizer_is_used_or_rejected(vocabularies, kind, data, tmp_path_factory):
     settings_files = {name: json.dumps(value).encode() for name, value in SETTINGS.items()}
     kept = data.draw(st.sets(st.sampled_from(sorted(settings_files))))
     files = vocabularies[kind] | {name: settings_files[name] for name in kept}
@@ -138,7 +138,7 @@ def test_any_file_of_a_tokenizer_is_used_or_refused(vocabularies, kind, data, tm
 
 
 @pytest.mark.parametrize("kind", ["definition", "model"])
-def test_any_value_in_the_files_beside_a_vocabulary_is_used_or_refused(
+def test_any_value_in_the_files_beside_a_vocabulary_is_used_or_rejected(
     vocabularies, kind, tmp_path
 ):
     """Each of the hostile values in each place, all other files as they are."""
@@ -161,7 +161,7 @@ SAVED = [CharTokenizer("abc"), WordTokenizer.from_list(b"<eos>\n<unk>\na\n", Fal
 @pytest.mark.parametrize("tokenizer", SAVED, ids=lambda tokenizer: tokenizer.kind)
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
-def test_a_saved_tokenizer_is_what_was_saved_or_refused(tokenizer, data, tmp_path_factory):
+def test_saved_tokenizer_is_intact_or_rejected(tokenizer, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     tokenizer.save(folder)
     saved = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -189,7 +189,7 @@ def outcome_json(content):
 
 @settings(deadline=None)
 @given(data=st.data())
-def test_any_index_of_tensors_is_used_or_refused(data, tmp_path_factory):
+def test_any_index_of_tensors_is_used_or_rejected(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("index")
     index = {"metadata": {}, "weight_map": {"a": "x.safetensors"}}
     name = "model.safetensors.index.json"

@@ -60,7 +60,7 @@ def assert_equal_where(ours, theirs, seen):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_gives_their_logits(make_theirs, name):
+def test_decoder_logits_match_transformers(make_theirs, name):
     theirs, folder = make_theirs(name)
     ids = tokens()
     ours = our_logits(folder, ids, None, SEGMENTS)
@@ -89,7 +89,7 @@ ODD = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.4
         ),
     ],
 )
-def test_a_setting_that_other_values_express_is_read_as_them(tmp_path, name, values):
+def test_setting_that_other_values_express_is_read_as_them(tmp_path, name, values):
     theirs = build(name, values)
     theirs.save_pretrained(tmp_path)
     ids = tokens()
@@ -116,7 +116,7 @@ KEPT = sorted(BY_LENGTH - {"phi3-partial-longrope"})
 
 @pytest.mark.parametrize("length", [5, 15])
 @pytest.mark.parametrize("name", [*GROWING, *KEPT])
-def test_a_text_that_grows_past_its_context_is_continued_as_there(make_theirs, name, length):
+def test_text_beyond_the_original_context_continues_as_in_transformers(make_theirs, name, length):
     """Its original context is 12 or 16; each step of both reads keys from a cache."""
     theirs, folder = make_theirs(name)
     prompt, n_new = tokens(length=length)[:1], 12
@@ -136,7 +136,7 @@ def test_a_text_that_grows_past_its_context_is_continued_as_there(make_theirs, n
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_gives_their_logits(make_theirs, name):
+def test_encoder_logits_match_transformers(make_theirs, name):
     theirs, folder = make_theirs(name)
     n_types = getattr(theirs.config, "type_vocab_size", 0)
     pad = theirs.config.pad_token_id
@@ -149,7 +149,7 @@ def test_an_encoder_gives_their_logits(make_theirs, name):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_an_encoder_decoder_gives_their_logits(make_theirs, name):
+def test_encoder_decoder_logits_match_transformers(make_theirs, name):
     theirs, folder = make_theirs(name)
     source, target = tokens(), tokens(1, 11)
     expected = their_logits(theirs, source, attention_mask=SEGMENTS, decoder_input_ids=target)
@@ -161,7 +161,7 @@ def test_an_encoder_decoder_gives_their_logits(make_theirs, name):
 
 
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
-def test_an_encoder_decoder_continues_as_there(make_theirs, name):
+def test_encoder_decoder_continues_as_in_transformers(make_theirs, name):
     """Greedily, each step of both with a cache."""
     theirs, folder = make_theirs(name)
     source, n_new = tokens()[:2], 10

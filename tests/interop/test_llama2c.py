@@ -74,7 +74,7 @@ def reference(arrays, tokens):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_logits_are_those_of_the_c_program(tmp_path, tied):
+def test_logits_match_the_c_program(tmp_path, tied):
     arrays = write(tmp_path / "model.bin", tied)
     model, params = huggingface.load(tmp_path / "model.bin")
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 12)
@@ -92,7 +92,7 @@ def test_the_logits_are_those_of_the_c_program(tmp_path, tied):
         (lambda content: bytes(4) + content[4:], "not a .bin file of llama2.c"),
     ],
 )
-def test_another_file_is_refused(tmp_path, spoil, expected):
+def test_another_file_is_rejected(tmp_path, spoil, expected):
     file = tmp_path / "model.bin"
     write(file)
     file.write_bytes(spoil(file.read_bytes()))

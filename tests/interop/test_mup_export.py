@@ -61,7 +61,7 @@ def outputs(model, params, classes):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_plain_model_computes_the_same(tmp_path, name):
+def test_plain_model_computes_the_same(tmp_path, name):
     run = random_run(tmp_path / "run", MODELS[name] | MUP, None)
     found = read_to_export(run, 1, False, print)
     assert found.config.model.mup_base_width == 0
@@ -90,7 +90,7 @@ def test_the_plain_model_computes_the_same(tmp_path, name):
     assert np.abs(jax.tree.leaves(plain)[0] - jax.tree.leaves(expected)[0]).max() > 0.01
 
 
-def test_an_exported_folder_computes_the_same(tmp_path):
+def test_exported_folder_computes_the_same(tmp_path):
     run = random_run(tmp_path / "run", MODELS["Llama"] | MUP, None)
     export_run(run, tmp_path / "out", 1, False, "float32", print)
     model, params = huggingface.load(tmp_path / "out")
@@ -100,7 +100,7 @@ def test_an_exported_folder_computes_the_same(tmp_path):
     )
 
 
-def test_tied_embeddings_without_a_norm_before_them_are_refused(tmp_path):
+def test_tied_embeddings_without_a_norm_before_them_are_rejected(tmp_path):
     run = random_run(tmp_path / "run", {"model.norm_placement": "post"} | MUP, None)
     with pytest.raises(UserError, match="norm_placement=post has none"):
         read_to_export(run, 1, False, print)

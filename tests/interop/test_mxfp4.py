@@ -75,7 +75,7 @@ def test_experts_are_read_as_transformers_reads_them(made):
         ),
     ],
 )
-def test_parts_that_do_not_match_are_one_line(made, tmp_path, change, message):
+def test_parts_that_do_not_match_are_one_line_errors(made, tmp_path, change, message):
     folder = shutil.copytree(made[0], tmp_path / "spoilt")
     tensors = safetensors.load_file(folder / "model.safetensors")
     change(tensors, EXPERTS.format(1, "down_proj"))
@@ -85,7 +85,7 @@ def test_parts_that_do_not_match_are_one_line(made, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_values_are_those_of_transformers():
+def test_values_match_transformers():
     from lm.interop.mxfp4 import VALUES
 
     np.testing.assert_array_equal(VALUES, transformers.integrations.mxfp4.FP4_VALUES)

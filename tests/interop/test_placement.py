@@ -36,7 +36,7 @@ def test_every_shard_holds_its_part(spec):
         np.testing.assert_array_equal(np.asarray(shard.data), x[shard.index])
 
 
-def test_what_was_placed_can_be_donated():
+def test_placed_state_can_be_donated():
     x = np.ones((64, 64), np.float32)
     one = NamedSharding(Mesh(jax.devices()[:1], "x"), PartitionSpec())
     placed = load_sharded(x.shape, one, [((0, 0), x)])

@@ -82,7 +82,7 @@ def greedy(run, weights) -> list[list[int]]:
     return decode_best(experiment, params, TOKENS, ROWS, options)
 
 
-def test_greedy_tokens_are_those_of_lm(tmp_path, one_device):
+def test_greedy_tokens_match_lm(tmp_path, one_device):
     """Rows of different lengths, in one batch; the sizes symbolic or given."""
     jobs, expected = [], []
     for name, (values, words) in RUNS.items():
@@ -128,7 +128,7 @@ def test_every_exported_program_is_lowered_for_all_platforms_on_one_device(tmp_p
         (["--dtype", "q8_0"], "q8_0 is a type of --format gguf"),
     ],
 )
-def test_what_is_refused(words, problem, tmp_path, capsys, one_device):
+def test_invalid_input_is_rejected(words, problem, tmp_path, capsys, one_device):
     run = random_run(tmp_path / "run", SIZES | {"model.max_length": 20}, TOKENS)
     base = ["export", "--workdir", str(run), "--to", str(tmp_path / "to"), "--format", "stablehlo"]
     assert main([*base, *words]) == 2
@@ -136,7 +136,7 @@ def test_what_is_refused(words, problem, tmp_path, capsys, one_device):
     assert not (tmp_path / "to").exists()
 
 
-def test_a_model_that_neither_generates_nor_encodes(tmp_path, one_device):
+def test_model_that_neither_generates_nor_encodes(tmp_path, one_device):
     values = {
         "objective.name": "skip_gram",
         "model.family": "skip_gram",
@@ -147,7 +147,7 @@ def test_a_model_that_neither_generates_nor_encodes(tmp_path, one_device):
         export_programs(run, tmp_path / "to", Sizes(), {}, 1, False, pytest.fail)
 
 
-def test_rows_that_do_not_fit(tmp_path, one_device):
+def test_records_with_wrong_columns(tmp_path, one_device):
     folder = export(random_run(tmp_path / "run", SIZES, TOKENS), "--batch", "1", "--length", "4")
     model = Exported(folder)
     for rows in ([[1], [2]], [[1] * 5], [[]]):

@@ -22,7 +22,7 @@ def write(folder, dtype="float32", **options):
     return folder
 
 
-def test_arrays_of_any_layout_are_written_as_they_are(tmp_path):
+def test_arrays_of_any_layout_are_written_unchanged(tmp_path):
     turned = np.asfortranarray(ARRAYS["b.weight"])
     write_tensors(tmp_path, [PendingTensor("x", turned.shape, lambda: turned)], "bfloat16")
     found = safetensors.load_file(tmp_path / SINGLE)["x"]
@@ -81,7 +81,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_line_that_names_the_file(tmp_path, damage):
+def test_damage_is_a_one_line_error_that_names_the_file(tmp_path, damage):
     spoil, expected = DAMAGES[damage]
     spoil(write(tmp_path) / SINGLE)
     with pytest.raises(UserError, match=expected) as caught:
@@ -96,7 +96,7 @@ def test_pickles_are_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model-00009.safetensors", "../model.safetensors"])
-def test_an_index_names_only_files_beside_it(tmp_path, name):
+def test_index_names_only_files_beside_it(tmp_path, name):
     write(tmp_path)
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
@@ -104,7 +104,7 @@ def test_an_index_names_only_files_beside_it(tmp_path, name):
         read_tensors(tmp_path / "part")
 
 
-def test_a_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
+def test_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
     write_tensors(
         tmp_path, [PendingTensor(n, (2,), lambda: np.zeros(2)) for n in "ab"], "float32", largest=1
     )
@@ -113,7 +113,7 @@ def test_a_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
     assert read_tensors(tmp_path)["a"].rows(0, 2).tolist() == [1, 1]
 
 
-def test_a_tensor_in_two_files_is_an_error(tmp_path):
+def test_tensor_in_two_files_is_an_error(tmp_path):
     """Which of them counts is not said: transformers takes the last."""
     write(tmp_path, largest=64)
     first, *_, last = sorted(tmp_path.glob("*.safetensors"))

@@ -52,7 +52,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_theirs_gives_the_same_ids_and_texts(name, tmp_path):
+def test_transformers_gives_the_same_ids_and_texts(name, tmp_path):
     ours = TOKENIZERS[name]()
     assert write_tokenizer(ours, tmp_path, "decoder", None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_theirs_gives_the_same_ids_and_texts(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_what_was_written_is_read_again(name, tmp_path):
+def test_written_value_is_read_back(name, tmp_path):
     ours = TOKENIZERS[name]()
     write_tokenizer(ours, tmp_path, "decoder", None)
     again = read_tokenizer(tmp_path)
@@ -78,7 +78,7 @@ def test_words_have_no_equivalent(tmp_path):
     assert not write_tokenizer(WordTokenizer.fit(TEXTS), tmp_path, "decoder", None)
 
 
-def test_the_files_of_older_folders_are_read(tmp_path):
+def test_files_of_older_folders_are_read(tmp_path):
     assert read_tokenizer(tmp_path) is None
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "little", "girl", "##s", ".", "Lily"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
@@ -94,7 +94,7 @@ def test_the_files_of_older_folders_are_read(tmp_path):
     assert read_tokenizer(tmp_path).base.digest == model.digest
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizers JSON file"):
         read_tokenizer(tmp_path)

@@ -83,7 +83,7 @@ def their_logits(model, source_BFM, tokens):
         return model(input_features=inputs[0], decoder_input_ids=inputs[1]).logits.numpy()
 
 
-def test_logits_and_greedy_tokens_are_theirs(theirs):
+def test_logits_and_greedy_tokens_match_transformers(theirs):
     model, folder = theirs
     source = features(model)
     ours, params = huggingface.load(folder)
@@ -170,7 +170,7 @@ def test_export_of_an_import_is_what_was_imported(theirs, tmp_path):
         ),
     ],
 )
-def test_another_kind_is_refused(theirs, tmp_path, file, values, expected):
+def test_another_kind_is_rejected(theirs, tmp_path, file, values, expected):
     folder = shutil.copytree(theirs[1], tmp_path / "model")
     about = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(about | values))
@@ -193,7 +193,7 @@ def test_positions_may_be_rounded_and_not_others(theirs, tmp_path):
 TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 
 
-def test_a_folder_with_its_processor_is_a_run_that_transcribes_as_there(tmp_path, one_device):
+def test_imported_folder_transcribes_like_transformers(tmp_path, one_device):
     """Greedily, with the language, task and suppressed tokens of its generation_config.json."""
     tokenizer = transformers.WhisperTokenizer(
         vocab={BYTE_CHARACTERS[i]: i for i in range(256)}, merges=[]

@@ -48,7 +48,7 @@ def test_far_inputs_give_finite_values_and_slopes(name):
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
-def test_the_type_is_kept(name):
+def test_type_is_kept(name):
     x = jnp.asarray(GRID, jnp.bfloat16)
     y = ACTIVATIONS[name](x)
     assert y.dtype == jnp.bfloat16
@@ -61,7 +61,7 @@ def test_every_activation_has_a_definition_here():
     assert set(GATED) == {"reglu", "swiglu", "geglu", "geglu_erf", "swiglu_clipped"}
 
 
-def test_clipped_swiglu_is_that_of_gpt_oss():
+def test_clipped_swiglu_matches_gpt_oss():
     """`_apply_gate` of transformers' GptOssExperts: alpha 1.702, limit 7."""
     gate, x = np.meshgrid(np.linspace(-20, 20, 41), np.linspace(-20, 20, 41))
     cut = np.minimum(gate, 7)

@@ -113,7 +113,7 @@ def test_sinks_take_part_of_the_softmax(kernel):
             np.testing.assert_allclose(ours, plain, atol=2e-5 * abs(plain).max())
 
 
-def test_chunks_are_those_of_each_text():
+def test_chunks_match_each_text():
     """Llama 4: a query sees the keys from the start of its chunk on, counted from its text's."""
     q, k, v = make_inputs(33, 2)
     segments = make_segments(33)
@@ -131,7 +131,7 @@ def test_chunks_are_those_of_each_text():
     np.testing.assert_allclose(everything, expected, atol=2e-6)
 
 
-def test_the_tiled_kernel_refuses_what_it_cannot_do():
+def test_tiled_kernel_rejects_what_it_cannot_do():
     q, k, v = as_float32(*make_inputs(4, 2))
     prefix = jnp.ones((2, 4), jnp.int32)
     unlike = (
@@ -146,7 +146,7 @@ def test_the_tiled_kernel_refuses_what_it_cannot_do():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("traced", [False, True])
-def test_offset_places_the_queries_among_earlier_keys(kernel, traced):
+def test_offset_shifts_queries_relative_to_keys(kernel, traced):
     q, k, v = make_inputs(3, 2, n_keys=12)
     key_segments = np.array([[0, 0] + [1] * 8 + [0, 0], [1] * 10 + [0, 0]])
     query_segments = np.ones((2, 3), int)
@@ -202,7 +202,7 @@ def test_tiled_has_the_gradients_of_xla(segmented, length, n_kv_heads):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_query_that_sees_nothing_gives_finite_values_and_gradients(kernel):
+def test_query_without_visible_keys_gives_finite_values_and_gradients(kernel):
     qkv = as_float32(*make_inputs(32, 2))
     visibility = AttentionMask(True, jnp.ones((2, 32), int), jnp.zeros((2, 32), int))
 
@@ -275,7 +275,7 @@ def test_dropout_is_a_function_of_its_key():
 
 @pytest.mark.parametrize("window", [1, 2, 5])
 @pytest.mark.parametrize("is_global", [None, False, True])
-def test_a_window_of_both_sides(window, is_global):
+def test_bidirectional_window(window, is_global):
     """As ModernBERT's: half of the window on either side, within the query's document."""
     segments, places = make_segments(23), np.arange(23)
     mask = AttentionMask(False, segments, window=window, is_global=is_global)

@@ -66,7 +66,7 @@ def test_blockwise_equals_xla(visibility, length, n_keys, softcap, monkeypatch):
     equal(found, expected)
 
 
-def test_a_query_that_sees_nothing_gives_finite_values_and_no_gradients():
+def test_query_without_visible_keys_gives_finite_values_and_no_gradients():
     q, k, v, _ = make_inputs(8, 8)
     nowhere = AttentionMask(False, jnp.ones((2, 8), int), jnp.zeros((2, 8), int))
     attend = partial(blockwise.blockwise_attention, mask=nowhere, scale=0.3)
@@ -80,7 +80,7 @@ def test_tiles_are_equal_and_neither_long_nor_tiny():
     assert blockwise.count_tiles(1021) == 0  # a prime
 
 
-def test_fused_kernels_refuse_what_they_cannot_do():
+def test_fused_kernels_reject_what_they_cannot_do():
     q, k, v, _ = make_inputs(8, 8)
     for kernel in ("blockwise", "cudnn"):
         attend = partial(attend_on_mesh, kernel=kernel, context_attention="gather", scale=1.0)

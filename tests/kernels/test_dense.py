@@ -33,7 +33,7 @@ def product_and_gradients(x, kernel, g, dtype, transposed):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES.items())
-def test_values_and_gradients_are_those_of_float64(transposed, dtype, tolerance):
+def test_values_and_gradients_match_float64(transposed, dtype, tolerance):
     x, kernel, g = operands(transposed)
     found = product_and_gradients(*map(jnp.asarray, (x, kernel, g)), dtype, transposed)
     w = np.float64(kernel.T if transposed else kernel)
@@ -56,7 +56,7 @@ def test_only_the_operands_are_rounded(transposed):
         np.testing.assert_allclose(array, exact, atol=1e-6 * abs(exact).max())
 
 
-def test_the_product_and_the_gradient_of_the_kernel_are_float32(transposed):
+def test_product_and_the_gradient_of_the_kernel_are_float32(transposed):
     x, kernel, g = map(jnp.asarray, operands(transposed))
     for x_type in (jnp.float32, jnp.bfloat16):
         y, dx, dkernel = product_and_gradients(
@@ -81,7 +81,7 @@ def test_no_product_has_an_operand_in_float32(transposed):
         assert "xf32" in result, line
 
 
-def test_a_bias_is_added_and_its_gradient_is_summed_over_rows():
+def test_bias_is_added_and_its_gradient_is_summed_over_rows():
     rng = np.random.default_rng(0)
     x, weights = np.float32(rng.normal(size=(2, 2, 3, 4)))
     bias = np.float32(rng.normal(size=4))

@@ -128,7 +128,7 @@ def test_values_and_gradients_equal_those_of_all_scores(case, fused, monkeypatch
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), found, expected)
 
 
-def test_the_bits_of_dropout_are_those_of_the_generator():
+def test_bits_of_dropout_match_the_generator():
     words_BHW = jax.random.bits(jax.random.key(0), (1, 2, 2))
     expected = reference_keep(words_BHW, 100, 9, 0.25)
     np.testing.assert_array_equal(keep_of(words_BHW, 100, 9, 0.25), expected)
@@ -136,14 +136,14 @@ def test_the_bits_of_dropout_are_those_of_the_generator():
     np.testing.assert_array_equal(tile, expected[0, 1, 64:96, 5:])
 
 
-def test_the_generator_gives_the_known_answers():
+def test_generator_gives_the_known_answers():
     """Those of Random123's `kat_vectors` for threefry2x32 with 13 rounds."""
     for word, answer in ((0, [0x9D1C5EC6, 0x8BD50731]), (2**32 - 1, [0xFD36D048, 0x2D17272C])):
         words = [np.asarray([word], np.uint32)] * 2
         assert [int(x[0]) for x in flash_tiles.threefry(words, words)] == answer
 
 
-def test_with_twenty_rounds_the_generator_is_that_of_jax(monkeypatch):
+def test_with_twenty_rounds_the_generator_matches_jax(monkeypatch):
     monkeypatch.setattr(flash_tiles, "N_ROUNDS", 20)
     key, counter = np.array([7, 1 << 31], np.uint32), np.arange(8, dtype=np.uint32)
     found = flash_tiles.threefry([*key], [counter[:4], counter[4:]])
@@ -177,7 +177,7 @@ def attend_sharded(sizes, rate, inputs, mask):
         return jax.jit(partial(output_and_gradients, attend))(g, q, k, v, bias_HD)
 
 
-def test_a_mesh_changes_neither_dropout_nor_gradients(monkeypatch):
+def test_dropout_and_gradients_do_not_depend_on_the_mesh(monkeypatch):
     monkeypatch.setattr(flash, "flash_attention", partial(flash.flash_attention, interpret=True))
     inputs = make_inputs(256, 256, 2, 8)
     segments = jnp.asarray(np.random.default_rng(0).integers(0, 2, (2, 256)).cumsum(1) // 60)

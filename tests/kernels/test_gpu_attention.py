@@ -73,7 +73,7 @@ def test_cudnn_describes_masks_without_segments_and_prefixes():
         ("full", 0.0, 16, (50, 33)),
     ],
 )
-def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengths):
+def test_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengths):
     """Attention with sinks; queries without any key, which get the mean there, are left out."""
     mask, keys = MASKS[name], jax.random.split(jax.random.key(0), 4)
     for field, n in zip(("segments_BL", "key_segments_BS"), lengths, strict=True):
@@ -102,7 +102,7 @@ def test_the_triton_kernel_equals_plain_attention(name, softcap, head_dim, lengt
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
 
 
-def test_a_query_without_keys_gives_0_and_no_gradients():
+def test_query_without_keys_gives_0_and_no_gradients():
     mask = AttentionMask(False, jnp.ones((B, L), int), jnp.zeros((B, L), int))
     x = jnp.ones((B, L, 2, 16))
     kernel = partial(triton_attention, mask=mask, scale=1.0, interpret=True)

@@ -35,7 +35,7 @@ def expected(x, kernel, sizes, g):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", ["xla", "megablox"])
 @pytest.mark.parametrize("case", SIZES)
-def test_values_and_gradients_are_those_of_every_group(name, case, transposed):
+def test_values_and_gradients_match_every_group(name, case, transposed):
     rng = np.random.default_rng(0)
     x, g = rng.normal(size=(250, D)), rng.normal(size=(250, F))
     kernel = rng.normal(size=(len(SIZES[case]), D, F))

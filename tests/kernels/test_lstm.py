@@ -57,7 +57,7 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
-def test_states_are_those_of_the_equations(starts, reverse):
+def test_states_match_the_equations(starts, reverse):
     a = draw(0)
     found, expected = run(a, starts, reverse), loop(a, starts, reverse)
     np.testing.assert_allclose(found.hidden, expected.hidden, atol=1e-6)

@@ -24,7 +24,7 @@ def operands(shape, n_out, seed=0):
 @pytest.mark.parametrize("dtype", STEPS, ids=str)
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 99), st.floats(-30, 30), st.sampled_from([-1, 0, (0, 1)]))
-def test_a_rounded_array_is_within_half_a_step(dtype, seed, power, axes):
+def test_rounded_array_is_within_half_a_step(dtype, seed, power, axes):
     x = np.random.default_rng(seed).normal(size=(3, 5, 7)).astype(np.float32) * 2.0**power
     x[1] = 0
     values, scales = quantize(jnp.asarray(x), dtype, axes)
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_near_those_of_float32(precision, shape):
 
 
 @pytest.mark.parametrize("precision", FORMATS)
-def test_the_program_multiplies_in_8_bits(precision):
+def test_program_multiplies_in_8_bits(precision):
     x, kernel, _ = operands((8, 16), 4)
     loss = lambda x, k: quantized_matmul(x, k, jnp.bfloat16, precision).sum()  # noqa: E731
     step = jax.value_and_grad(loss, (0, 1))

@@ -105,7 +105,7 @@ def test_equals_attention_with_all_scores(L, heads, dtype, options):
         check(attention(*of_row, mask, **own), i)
 
 
-def test_a_row_depends_on_no_other():
+def test_rows_are_independent():
     """Another one may have other queries, or do nothing: no bit changes."""
     rows, q_BLHK, keys_values = rows_and_inputs(1, 4, 2, 128)
     pages, *_ = paged(keys_values, np.asarray(rows.tables_BM))
@@ -141,7 +141,7 @@ def test_tables_that_fill_the_scalar_memory_are_read_in_parts(monkeypatch):
         ((8, 8, 128, "float16", "float16"), "float16"),
     ],
 )
-def test_what_the_kernel_cannot_do(sizes, word):
+def test_kernel_limits(sizes, word):
     problems = list(ragged.ragged_attention_problems(*sizes))
     assert bool(problems) == bool(word)
     assert word in "".join(problems)

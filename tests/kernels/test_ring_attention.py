@@ -87,7 +87,7 @@ def test_ring_attention_has_the_output_and_gradients_of_xla(n_devices, mask, sof
 
 
 @pytest.mark.parametrize(("n_devices", "mask", "softcap"), CASES[1:])
-def test_a_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap, monkeypatch):
+def test_ring_of_the_tpu_kernel_has_them_too(n_devices, mask, softcap, monkeypatch):
     monkeypatch.setattr(splash_attention, "LONGEST_KEYS", 128)
     tiles = SplashTiles(softcap, interpret=True)
     check_ring(n_devices, mask, softcap, tiles, 256 * n_devices, 16)
@@ -124,9 +124,7 @@ def cudnn_gradients(q, k, v, log_z, delta, out, g, **mask):
 
 
 @pytest.mark.parametrize(("n_devices", "mask", "softcap"), [CASES[0], (2, {"causal": True}, 0.0)])
-def test_a_ring_of_cudnn_calls_it_for_all_pairs_and_no_others(
-    n_devices, mask, softcap, monkeypatch
-):
+def test_ring_of_cudnn_calls_it_for_all_pairs_and_no_others(n_devices, mask, softcap, monkeypatch):
     """With a stand-in for the kernel, which needs a GPU."""
     monkeypatch.setattr(cudnn_tiles, "LONGEST_SQUARE", 2)
     monkeypatch.setattr(cudnn_tiles, "_attend", cudnn_reference)
@@ -135,7 +133,7 @@ def test_a_ring_of_cudnn_calls_it_for_all_pairs_and_no_others(
 
 
 @pytest.mark.parametrize(("n_devices", "n"), [(2, 3), (4, 8), (8, 13), (8, 28)])
-def test_a_window_gets_the_keys_before_a_device_and_none_before_the_first(n_devices, n):
+def test_window_gets_the_keys_before_a_device_and_none_before_the_first(n_devices, n):
     tokens = jnp.arange(LENGTH)[None]
     mesh = jax.make_mesh((n_devices,), ("ring",), axis_types=(AxisType.Auto,))
     before = jax.shard_map(

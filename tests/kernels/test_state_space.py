@@ -43,7 +43,7 @@ def operands():
 
 
 @pytest.mark.parametrize(("groups", "chunk"), [(1, 4), (2, 3), (4, 64), (2, 1)])
-def test_outputs_states_and_gradients_are_those_of_the_recurrence(operands, groups, chunk):
+def test_outputs_states_and_gradients_match_the_recurrence(operands, groups, chunk):
     *inputs, ids, state = operands(groups)
 
     def loss(run, *parts):

@@ -98,7 +98,7 @@ def test_left_padded_rows_give_the_full_forward_pass(mix):
         np.testing.assert_allclose(cached[row, pad : pad + LENGTH], full[row], atol=1e-5)
 
 
-def test_a_step_writes_the_cache_in_place(make_model):
+def test_step_writes_the_cache_in_place(make_model):
     """Of four layers in a loop: one at a time is copied to be read."""
     model, params = make_model(n_layers=4, scan_unroll=1)
     cache = jax.eval_shape(lambda: model.empty_cache(2, 4096))
@@ -111,7 +111,7 @@ def test_a_step_writes_the_cache_in_place(make_model):
     assert needed.temp_size_in_bytes < 0.5 * size
 
 
-def test_the_cache_counts_and_does_not_change_its_shape(make_model):
+def test_cache_counts_and_does_not_change_its_shape(make_model):
     model, params = make_model(n_kv_heads=2, dtype=jnp.bfloat16)
     cache = model.empty_cache(3, LENGTH)
     apply = jax.jit(functools.partial(model.apply, method="decode"))

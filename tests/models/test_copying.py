@@ -48,7 +48,7 @@ def run(name, *inputs, method=None, chunk=0):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_probabilities_are_those_of_the_paper(name):
+def test_probabilities_match_the_paper(name):
     found = np.exp(np.asarray(run(name, *INPUTS), np.float64))
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
 
@@ -73,7 +73,7 @@ def test_probabilities_are_those_of_the_paper(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_decoding_in_steps_gives_the_full_pass_for_every_row_that_is_taken(name):
+def test_stepwise_decoding_matches_the_full_pass_for_selected_rows(name):
     rows, ones = np.array([1, 0, 1]), np.ones((3, T), int)
     source, target = SOURCE[rows], TARGET[rows]
     segments = np.ones((3, S), int)
@@ -90,7 +90,7 @@ def test_decoding_in_steps_gives_the_full_pass_for_every_row_that_is_taken(name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_loss_and_its_gradient_are_the_same_in_chunks_and_finite_where_nothing_is_copied(name):
+def test_loss_and_its_gradient_are_the_same_in_chunks_and_finite_where_nothing_is_copied(name):
     """Half of the targets are in no source; smoothing weighs every token."""
 
     def loss(model, *inputs):

@@ -119,7 +119,7 @@ REFERENCES = {
 
 @pytest.mark.parametrize("kernel", ["xla", "tiled"])
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.__name__)
-def test_logits_are_those_of_the_paper(make_model, reference, kernel):
+def test_logits_match_the_paper(make_model, reference, kernel):
     model, params = make_model(**REFERENCES[reference], attention=kernel)
     tokens = np.random.default_rng(1).integers(0, 96, (2, 80))
     logits = jax.jit(model.apply)({"params": params}, tokens)

@@ -81,7 +81,7 @@ def bert(config, params, tokens, types):
 
 
 @pytest.mark.parametrize("changes", [BERT, ROBERTA], ids=["bert", "roberta"])
-def test_every_output_is_that_of_the_paper(changes):
+def test_every_output_matches_the_paper(changes):
     model, params = make(**changes)
     types = TYPES if changes is BERT else np.zeros_like(TYPES)
     found = run(model, params, TOKENS, types, SEGMENTS, POSITIONS)
@@ -94,7 +94,7 @@ def test_every_output_is_that_of_the_paper(changes):
                 np.testing.assert_allclose(found[name][row], expected[name], atol=2e-5)
 
 
-def test_a_text_may_be_the_mean_of_its_tokens():
+def test_text_may_be_the_mean_of_its_tokens():
     """Reimers and Gurevych 2019, §3: of those that are no padding, without a layer on top."""
     model, params = make(**BERT, pooling="mean")
     assert "pooler" not in params
@@ -114,7 +114,7 @@ def test_positions_are_counted_where_they_are_not_given():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, given)
 
 
-def test_a_single_type_is_that_of_every_token():
+def test_single_type_matches_every_token():
     """Of a pair too: RoBERTa's table has one row, and its second text no type of its own."""
     model, params = make(**ROBERTA)
     pair, single = (

@@ -118,7 +118,7 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_logits_are_those_of_the_paper(name):
+def test_logits_match_the_paper(name):
     reference, changes = REFERENCES[name]
     model, params = make(**changes)
     found = jax.jit(model.apply)({"params": params}, *ROW)[0]
@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_paper(name):
 
 
 @pytest.mark.parametrize("positions", ["relative", "sinusoidal"])
-def test_a_target_sees_its_source_and_its_past_and_nothing_else(positions):
+def test_targets_depend_only_on_their_source_and_past(positions):
     model, params = make(**T5_1_1 | {"positions": positions})
     table = jnp.asarray(params["tokens"]["embedding"])
     # Distinct tokens in source and target: the gradient of a row is that of its vector.
@@ -149,7 +149,7 @@ def test_a_target_sees_its_source_and_its_past_and_nothing_else(positions):
     np.testing.assert_array_equal(found[:, 55:], np.tril(own == segments[0]))
 
 
-def test_a_classified_text_goes_into_both_stacks():
+def test_text_to_classify_is_input_of_encoder_and_decoder():
     """Lewis et al. 2020, §3.1: the decoder's vector of the last token stands for the text."""
     model, params = make(**TRANSFORMER_2017)
     tokens, segments = SOURCE[:, :20], (np.arange(20) < 14)[None].astype(int)
@@ -207,7 +207,7 @@ def test_t5_starts_as_its_code_does():
     )
 
 
-def test_the_transformer_of_2017_starts_as_its_code_does():
+def test_transformer_of_2017_starts_as_its_code_does():
     """tensor2tensor's: Glorot's deviations (2010, eq. 16), d^-0.5 for the shared matrix."""
     found = initial_deviations(**TRANSFORMER_2017, init="xavier", init_std=256**-0.5)
     attention, feed_forward = (2 / (256 + 8 * 64)) ** 0.5, (2 / (256 + 1024)) ** 0.5

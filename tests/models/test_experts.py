@@ -203,14 +203,14 @@ def assert_layer_equal_on(mesh, capacity=0.0, between=lambda: None):
 
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
-def test_a_length_in_parts(monkeypatch, capacity):
+def test_context_parallel_length(monkeypatch, capacity):
     """Where the context axis divides sequences, an expert's places for a row are still shared."""
     monkeypatch.setitem(ACTIVATIONS, "length", ("context",))
     assert_layer_equal_on({"expert": 2, "context": 2, "tensor": 2}, capacity)
 
 
 @pytest.mark.parametrize("mesh", [{"data": 1}, ALL_AXES, {"data": 2, "fsdp": 2}])
-def test_the_kernel_of_tpus(monkeypatch, mesh):
+def test_kernel_of_tpus(monkeypatch, mesh):
     """Interpreted: it multiplies weighted rows, biases included."""
 
     def use_megablox():
@@ -230,7 +230,7 @@ def collectives(experiment):
     return set(re.findall(rf" ({kinds})(?:-start)?\(", text))
 
 
-def test_places_are_exchanged_and_no_expert_leaves_its_device(build_on):
+def test_slots_are_exchanged_and_experts_stay_on_their_devices(build_on):
     found = collectives(build_on("switch", {"data": 2, "expert": 4}))
     assert found == {"all-to-all", "all-reduce"}
 
@@ -239,7 +239,7 @@ def test_experts_on_every_device_need_no_exchange(build_on):
     assert collectives(build_on("mixtral", {"data": 8})) == {"all-reduce"}
 
 
-def test_meshes_that_do_not_fit_are_errors(build_on):
+def test_invalid_meshes_are_errors(build_on):
     with pytest.raises(
         UserError, match=r"--config.model.n_experts=4 is not divisible by 8 .*expert"
     ):

@@ -70,7 +70,7 @@ def resolved(**changes):
         ),
     ],
 )
-def test_what_does_not_go_together_is_one_line(changes, message):
+def test_conflicting_options_are_one_line_errors(changes, message):
     with pytest.raises(UserError, match=message):
         resolved(**changes)
 

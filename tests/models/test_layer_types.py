@@ -46,11 +46,11 @@ def shapes(types):
         ([UNROLLED, DENSE, DENSE], [("layers_0", 0, 1, 1), ("layers_1", 1, 1, 2)]),
     ],
 )
-def test_a_stack_is_cut_into_the_segments_that_can_be_scanned(types, expected):
+def test_stack_is_split_into_scannable_segments(types, expected):
     assert shapes(types) == expected
 
 
-def test_a_dense_prefix_is_a_segment_of_its_own(make_model):
+def test_dense_first_layers_are_a_separate_segment(make_model):
     _, params = make_model(**MIXES["dense prefix"])
     stack = params["stack"]
     assert stack["layers_0"]["feed_forward"]["in"]["kernel"].shape == (1, 32, 64)

@@ -61,7 +61,7 @@ def adapted(targets="kernel", rank=RANK):
     return add_lora(base(), options_of(targets, rank), jax.random.key(1))
 
 
-def test_a_base_in_8_bits_is_off_by_half_a_step_of_its_outputs_scale():
+def test_int8_base_is_within_half_a_step_of_its_scale():
     options = options_of("query,head")
     options.base, options.train = "int8", "layers/1/feed_forward/in"
     boxes = flat(add_lora(base(), options, jax.random.key(1)))
@@ -103,7 +103,7 @@ def test_layers_read_what_is_merged():
     np.testing.assert_allclose(one_layer.unbox(), merged[path][1], rtol=1e-6)
 
 
-def test_a_fresh_adaptation_changes_nothing():
+def test_fresh_adaptation_changes_nothing():
     params = nn.meta.unbox(adapted())
     merged = flat(merge_lora(params, 16.0))
     assert merged.keys() == flat(base()).keys()
@@ -163,7 +163,7 @@ def test_every_expert_is_adapted_by_itself():
     np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_factor_is_drawn_as_in_the_authors_code():
+def test_first_factor_is_drawn_as_in_the_authors_code():
     """kaiming_uniform_(A, a=sqrt(5)): uniform in ± 1/sqrt(inputs); B is zero."""
     lora = flat(nn.meta.unbox(adapted(rank=64))["lora"])
     for path, (shape, names, n_inputs) in KERNELS.items():
@@ -190,6 +190,6 @@ def test_targets_choose_the_kernels():
     ("targets", "words"),
     [("query,wide", "'wide' matches no kernel"), ("bias", "no kernel")],
 )
-def test_targets_that_are_refused(targets, words):
+def test_targets_that_are_rejected(targets, words):
     with pytest.raises(UserError, match=words):
         adapted(targets)

@@ -185,7 +185,7 @@ def test_each_mixer_has_a_cache_for_its_own_layers(model):
     assert shapes == next(v for k, v in expected.items() if CONFIGS[k] is model.config)
 
 
-def test_a_stack_of_two_mixers_is_scanned_by_period():
+def test_stack_of_two_mixers_is_scanned_by_period():
     model = Decoder(CONFIGS["hybrid"])
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     layers = nn.meta.unbox(shapes)["stack"]["layers"]
@@ -193,7 +193,7 @@ def test_a_stack_of_two_mixers_is_scanned_by_period():
     assert all(x.shape[0] == 2 for x in jax.tree.leaves(layers))
 
 
-def test_a_step_writes_every_cache_in_place():
+def test_step_writes_every_cache_in_place():
     model = Decoder(CONFIGS["hybrid"])
     params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
     cache = jax.eval_shape(lambda: model.empty_cache(2, 4096))
@@ -206,6 +206,6 @@ def test_a_step_writes_every_cache_in_place():
     assert needed.temp_size_in_bytes < 0.7 * size  # one of the two layers with attention is read
 
 
-def test_a_mixer_is_a_choice_of_the_configuration_with_its_options():
+def test_mixer_and_its_options_are_configurable():
     assert SCHEMA["model.latent_rank"].default == 6
     assert {"attention", "latent", "linear"} <= set(SCHEMA["model.mixer"].choices)

@@ -51,7 +51,7 @@ def run(layer, params, x=X, **inputs):
     return np.asarray(y), {n: v for kind in reported.values() for n, (v,) in kind.items()}
 
 
-def test_a_router_bias_chooses_but_does_not_weigh():
+def test_router_bias_chooses_but_does_not_weigh():
     """Wang et al. 2024 (arXiv 2408.15664), eq. 3: top-k of s + b, weights of s alone."""
     rng = np.random.default_rng(3)
     logits, bias = rng.normal(size=(2, 5, E)), np.array([0.5, -0.5, 0.0, 0.1])
@@ -66,7 +66,7 @@ def test_a_router_bias_chooses_but_does_not_weigh():
     assert (np.asarray(plain) != expected).any()
 
 
-def test_a_training_step_moves_the_router_bias_towards_even_loads():
+def test_training_step_moves_the_router_bias_towards_even_loads():
     """Algorithm 1: b_i += u sign(mean load - load_i), padding not counted."""
     layer, params = make(deterministic=False, router_bias_rate=0.25, experts_per_token=2)
     state = {"model_state": {"router_bias": np.float32([0.0, 1.0, 0.0, -1.0])}}
@@ -107,7 +107,7 @@ def test_experts_come_from_the_best_groups(scores, n_best):
 
 @pytest.mark.parametrize("capacity", [0.0, 0.75], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("style", STYLES)
-def test_outputs_are_those_of_one_token_at_a_time(style, capacity):
+def test_outputs_match_one_token_at_a_time(style, capacity):
     layer, params = make(deterministic=False, expert_capacity=capacity, **STYLES[style])
     k, how = layer.config.experts_per_token, layer.config.expert_weights
     room = capacity and int(np.ceil(capacity * k * L / E))
@@ -150,7 +150,7 @@ def test_gradients_are_the_slopes_of_the_reference(style, capacity):
         assert (grad * direction).sum() == pytest.approx(slope, rel=1e-4, abs=1e-4)
 
 
-def test_a_full_expert_takes_the_first_tokens_of_the_row():
+def test_full_expert_takes_the_first_tokens_of_the_row():
     """Switch, figure 3: tokens that come to a full expert pass it by."""
     experts = np.array([[[0], [1], [0], [0], [2], [0], [1]], [[2], [2], [2], [2], [2], [2], [0]]])
     places = moe.queue_positions(experts, 3)[..., 0]
@@ -165,7 +165,7 @@ def test_first_choices_come_before_second_ones():
     assert moe.queue_positions(experts, 2).tolist() == [[[0, 1], [0, 2], [1, 2]]]
 
 
-def test_dropless_is_the_mixture_of_the_chosen_experts():
+def test_dropless_output_is_the_mixture_of_the_chosen_experts():
     """Computed the other way round: every expert of every token, most of them times 0."""
     layer, params = make(experts_per_token=2)
     p = float64(params)
@@ -179,7 +179,7 @@ def test_dropless_is_the_mixture_of_the_chosen_experts():
     np.testing.assert_allclose(run(layer, params)[0], expected, atol=2e-6)
 
 
-def test_a_capacity_that_cannot_overflow_is_dropless():
+def test_capacity_that_cannot_overflow_is_dropless():
     roomy, params = make(deterministic=False, experts_per_token=2, expert_capacity=float(E))
     dropless, _ = make(experts_per_token=2)
     np.testing.assert_allclose(run(roomy, params)[0], run(dropless, params)[0], atol=1e-6)
@@ -192,7 +192,7 @@ def test_evaluation_drops_nothing():
     assert run(evaluation, params)[1]["dropped"].max() == 0
 
 
-def test_padding_takes_no_room_and_counts_nowhere():
+def test_padding_uses_no_capacity_and_does_not_count():
     layer, params = make(deterministic=False, expert_capacity=0.5)
     is_token = np.arange(L) >= np.array([[0], [5]])
     x = np.where(is_token[..., None], X, X[0, 0])  # padding all wants the same expert
@@ -266,7 +266,7 @@ def alternating():
     return model, draw(model, TOKENS)
 
 
-def test_the_last_of_every_few_layers_has_experts(alternating):
+def test_last_of_every_few_layers_has_experts(alternating):
     _, params = alternating
     plain, sparse = (params["stack"]["layers"][f"{i}_of_2"]["feed_forward"] for i in (0, 1))
     assert plain["in"]["kernel"].shape == (2, D, 6)
@@ -274,7 +274,7 @@ def test_the_last_of_every_few_layers_has_experts(alternating):
     assert sparse["router"]["kernel"].shape == (2, D, E)
 
 
-def test_how_layers_run_changes_no_result(alternating):
+def test_results_do_not_depend_on_scan_or_remat(alternating):
     model, params = alternating
     config = replace(model.config, scan_unroll=0, remat="full")
     other = Decoder(config, deterministic=False)

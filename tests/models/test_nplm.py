@@ -29,7 +29,7 @@ def paper(p, tokens):
 
 
 @pytest.mark.parametrize("direct", [False, True])
-def test_logits_are_those_of_the_paper(direct):
+def test_logits_match_the_paper(direct):
     model, p = make(direct)
     assert ("direct" in p) == direct
     logits = jax.jit(model.apply)({"params": p}, TOKENS)
@@ -76,7 +76,7 @@ def test_decoding_from_a_left_padded_prompt_gives_the_full_pass():
         np.testing.assert_allclose(found[row], paper(p, text), atol=1e-5)
 
 
-def test_a_cache_takes_rows_for_a_beam_search():
+def test_cache_takes_rows_for_a_beam_search():
     window = Window(np.arange(6).reshape(3, 2), np.array([[0, 1], [1, 1], [0, 0]]))
     taken = window.take(np.array([1, 1]))
     np.testing.assert_array_equal(taken.tokens_BW, [[2, 3], [2, 3]])

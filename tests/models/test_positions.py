@@ -62,7 +62,7 @@ def test_rotary_products_depend_on_the_distance_only():
     assert abs(product(13, 4) - product(13, 5)) > 1e-2
 
 
-def test_a_rotary_model_does_not_see_where_a_row_starts(make_model):
+def test_rotary_model_does_not_see_where_a_row_starts(make_model):
     model, params = make_model(positions="rotary")
     tokens = np.random.default_rng(0).integers(0, 48, (1, 16))
     apply = jax.jit(model.apply)
@@ -83,7 +83,7 @@ def test_bfloat16_vectors_are_rotated_in_float32():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_relative_buckets_are_those_of_t5(causal):
+def test_relative_buckets_match_t5(causal):
     distances = np.arange(-3000, 3001)
     buckets = jax.jit(lambda: relative_buckets(distances, not causal, 32, 128))()
     np.testing.assert_array_equal(buckets, t5_buckets(distances, causal))
@@ -130,7 +130,7 @@ def released_slopes(n):
     return released_slopes(closest) + released_slopes(2 * closest)[0::2][: n - closest]
 
 
-def test_alibi_slopes_are_those_of_the_paper():
+def test_alibi_slopes_match_the_paper():
     """Press et al. 2022, §3: 1/2 to 1/256 for 8 heads; the geometric mean of neighbors for 16."""
     np.testing.assert_array_equal(alibi_slopes(8), [1 / 2**h for h in range(1, 9)])
     np.testing.assert_allclose(alibi_slopes(16)[:4], [2**-0.5, 2**-1, 2**-1.5, 2**-2], rtol=1e-6)
@@ -153,12 +153,12 @@ def test_alibi_bias_falls_with_the_distance():
     )
 
 
-def test_an_alibi_model_has_no_parameters_for_positions(make_model):
+def test_alibi_model_has_no_parameters_for_positions(make_model):
     (_, found), (_, expected) = (make_model(positions=name) for name in ("alibi", "none"))
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
 
 
-def test_an_alibi_encoder_is_symmetric():
+def test_alibi_encoder_is_symmetric():
     """Read from right to left, a text has the same vectors; another order of tokens has others."""
     config = TransformerConfig(
         n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, vocab_size=48,

@@ -77,7 +77,7 @@ def test_groups_are_even_parts_of_a_sum(n):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("tile", [64 * 5, 64 * 70])
-def test_a_product_by_tiles_is_that_with_the_kernel(bits, tile, monkeypatch):
+def test_tiled_product_equals_the_plain_product(bits, tile, monkeypatch):
     """With outputs that tiles do not divide, several axes, and one row."""
     monkeypatch.setattr(quantized_layers, "TILE", tile)
     rng = np.random.default_rng(0)

@@ -34,7 +34,7 @@ def run(model, params, *inputs, **options):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("d_model", [D, H])
-def test_logits_are_those_of_the_paper(tied, d_model):
+def test_logits_match_the_paper(tied, d_model):
     model, p = make(tie_embeddings=tied, d_model=d_model)
     logits = run(model, p, TOKENS)
     assert logits.dtype == jnp.float32
@@ -96,7 +96,7 @@ def test_carried_state_makes_two_windows_one_text_except_in_fresh_rows():
     np.testing.assert_allclose(run(model, p, TOKENS), whole, atol=1e-6)
 
 
-def test_a_fresh_carry_ignores_what_it_replaces():
+def test_fresh_rows_reset_the_carry():
     model, p = make(carry=True)
     left = {"state": np.random.default_rng(0).normal(size=(3, 2, 2, H)).astype(np.float32)}
     logits, _ = model.apply(
@@ -140,7 +140,7 @@ def test_dropout_acts_in_training_only():
         (1, "__call__", True, True),  # its output
     ],
 )
-def test_dropout_is_of_what_enters_and_leaves_layers(n_layers, method, silent, drops):
+def test_dropout_applies_to_layer_inputs_and_outputs(n_layers, method, silent, drops):
     model, p = make(dropout=0.5, n_layers=n_layers)
     if silent:  # embeddings of 0 have nothing to drop
         p = p | {"tokens": {"embedding": np.zeros((V, D), np.float32)}}
@@ -149,7 +149,7 @@ def test_dropout_is_of_what_enters_and_leaves_layers(n_layers, method, silent, d
     assert (abs(dropped - run(model, p, TOKENS, method=method)).max() > 0.01) == drops
 
 
-def test_a_text_read_both_ways_is_the_papers_and_padding_does_not_count():
+def test_bidirectional_text_encoder_matches_the_paper_and_ignores_padding():
     model, _ = make(bidirectional=True, n_classes=3)
 
     def scores(model, tokens, segments):
@@ -196,7 +196,7 @@ def test_decoding_from_left_padded_prompts_gives_the_full_pass():
         np.testing.assert_allclose(found[row, pad : pad + n], full[row, :n], atol=1e-5)
 
 
-def test_a_cache_takes_rows_for_a_beam_search():
+def test_cache_takes_rows_for_a_beam_search():
     cache = LstmCache(np.arange(3.0).reshape(3, 1, 1, 1), np.array([0, 1, 1])).take(
         np.array([2, 0])
     )

@@ -47,7 +47,7 @@ def packed():
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
-def test_logits_of_packed_pairs_are_those_of_the_paper(both_ways):
+def test_logits_of_packed_pairs_match_the_paper(both_ways):
     model, p = make(both_ways)
     inputs = packed()
     logits = np.asarray(jax.jit(model.apply)({"params": p}, *inputs))
@@ -58,7 +58,7 @@ def test_logits_of_packed_pairs_are_those_of_the_paper(both_ways):
     np.testing.assert_allclose(alone[0], expected, atol=1e-5)
 
 
-def test_a_pair_depends_on_no_other_pair_of_its_row():
+def test_pairs_of_a_row_are_independent():
     model, p = make(True)
     _, _, source_segments, target_segments = packed()
     n_source, n_target = source_segments.size, target_segments.size
@@ -78,7 +78,7 @@ def test_a_pair_depends_on_no_other_pair_of_its_row():
 
 
 @pytest.mark.parametrize("both_ways", [False, True])
-def test_decoding_token_by_token_gives_the_paper_for_every_row_that_is_taken(both_ways):
+def test_token_by_token_decoding_matches_the_paper_for_selected_rows(both_ways):
     model, p = make(both_ways)
     source, segments = np.zeros((2, 3, 4), int)
     for row, (tokens, _) in enumerate(PAIRS):

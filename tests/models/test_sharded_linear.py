@@ -14,7 +14,7 @@ from lm.models.sharded_linear import Map, _in_parts, _n_parts
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("cuts_x", [False, True])
 @pytest.mark.parametrize("leading", [(12,), (2, 6)])
-def test_a_gradient_in_parts_is_the_whole_one(transposed, cuts_x, leading):
+def test_gradient_computed_in_parts_equals_the_whole(transposed, cuts_x, leading):
     keys = jax.random.split(jax.random.key(0), 2)
     x, g = (
         jax.random.normal(key, (*leading, width), jnp.bfloat16)

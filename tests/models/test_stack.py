@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_the_same(make_model, unroll, remat):
     )
 
 
-def test_the_gradient_of_a_large_batch_is_the_sum_over_its_rows(make_model):
+def test_gradient_of_a_large_batch_is_the_sum_over_its_rows(make_model):
     """XLA compiles large arrays in ways of their own, some of them wrong (jax-ml/jax#39103)."""
     model, params = make_model(positions="rotary", norm="rmsnorm", attention="tiled")
     tokens = np.random.default_rng(0).integers(0, 96, (64, 80))
@@ -100,7 +100,7 @@ def test_only_unrolled_layers_are_no_loop(make_model):
     assert "while" not in program(*make_model(scan_unroll=0))
 
 
-def test_the_program_does_not_grow_with_depth(make_model):
+def test_program_does_not_grow_with_depth(make_model):
     shallow, deep = (program(*make_model(n_layers=n)).count("dot_general") for n in (2, 5))
     assert shallow == deep
 
@@ -113,7 +113,7 @@ def test_initial_values_do_not_depend_on_how_layers_run(make_model):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_layers_drop_apart(make_model):
+def test_layers_draw_different_dropout(make_model):
     """Two layers add 1 to every channel, with dropout: 0, 1 or 2 remain, not 0 or 2."""
     model, params = make_model(dropout=0.5, norm="rmsnorm", tie_embeddings=False, vocab_size=32)
     params = jax.tree.map(np.zeros_like, params)

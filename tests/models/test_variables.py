@@ -208,7 +208,7 @@ def test_layer_decay_is_lowest_for_the_input(odd):
 # --- a parameter without a role
 
 
-def test_a_parameter_without_a_role_is_an_error():
+def test_parameter_without_a_role_is_an_error():
     class Plain(nn.Module):
         @nn.compact
         def __call__(self, x):

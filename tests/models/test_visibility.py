@@ -34,13 +34,13 @@ def dependence(model, params, positions=None, segments=None, prefix=None):
 
 
 @pytest.mark.parametrize("kernel", ["xla", "tiled"])
-def test_a_logit_depends_on_its_past_and_on_nothing_else(make_model, kernel):
+def test_logits_depend_only_on_the_past(make_model, kernel):
     model, params = make_model(tie_embeddings=False, attention=kernel, positions="rotary")
     np.testing.assert_array_equal(dependence(model, params), np.tril(np.ones((L, L), bool)))
 
 
 @pytest.mark.parametrize("kernel", ["xla", "tiled"])
-def test_a_logit_depends_on_its_own_document_and_on_nothing_else(make_model, kernel):
+def test_logits_depend_only_on_their_document(make_model, kernel):
     model, params = make_model(tie_embeddings=False, attention=kernel, n_kv_heads=2)
     found = dependence(model, params, WITHIN[None], SEGMENTS[None])
     same = SEGMENTS[:, None] == SEGMENTS
@@ -62,7 +62,7 @@ def test_windows_of_10_reach_9_tokens_back_a_layer(make_model, n_layers, global_
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(make_model, packed):
+def test_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(make_model, packed):
     """Raffel 2020, figure 3: also by the prefix itself, and not by other documents."""
     segments, places = (SEGMENTS, WITHIN) if packed else (np.ones(L, int), np.arange(L))
     lengths = [0, 12, 45, 1] if packed else [0, 20]  # of each segment's prefix
@@ -74,7 +74,7 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_the_rest_by_what_follows(ma
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "alibi", "none"])
-def test_a_packed_row_gives_what_its_documents_give_alone(make_model, positions):
+def test_packed_row_gives_what_its_documents_give_alone(make_model, positions):
     kernel = "xla" if positions == "alibi" else "tiled"
     model, params = make_model(positions=positions, attention=kernel)
     tokens = np.random.default_rng(0).integers(0, 48, L)

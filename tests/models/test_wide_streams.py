@@ -70,7 +70,7 @@ def reference(params, tokens, n, value_residual):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_decoder_computes_what_the_papers_say_also_with_a_cache(make_model, case):
+def test_decoder_computes_what_the_papers_say_also_with_a_cache(make_model, case):
     changes = CASES[case]
     model, params = make_model(**changes, n_layers=3)
     full = np.asarray(jax.jit(model.apply)({"params": params}, TOKENS))

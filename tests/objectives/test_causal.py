@@ -31,7 +31,7 @@ def test_every_token_predicts_the_next_one():
 
 
 @pytest.mark.parametrize("delimiter", [None, 0])
-def test_no_target_lies_in_the_next_document(make_store, delimiter):
+def test_no_target_is_in_the_next_document(make_store, delimiter):
     """Whole way from a store of documents 1 2 3 | 4 5 6 7 | 8 9, delimiters before each or none."""
     documents = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
     if delimiter is not None:
@@ -57,13 +57,13 @@ def test_without_isolation_the_model_gets_neither_segments_nor_positions():
 
 @pytest.mark.parametrize("isolate", [True, False])
 @pytest.mark.parametrize("carry", [True, False])
-def test_features_are_of_the_stated_shapes(isolate, carry):
+def test_features_have_the_stated_shapes(isolate, carry):
     found = features(isolate, carry)
     stated = Causal(11, isolate_documents=isolate, carry=carry).shapes
     assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == stated
 
 
-def test_a_fresh_row_is_told_to_models_that_carry_their_state():
+def test_fresh_rows_are_marked_for_models_with_carried_state():
     assert "fresh" not in features(fresh=1)
     assert features(carry=True, fresh=1)["fresh"] == 1
     assert features(carry=True)["fresh"] == 0

@@ -61,7 +61,7 @@ def targets_of(row):
     ]
 
 
-def test_the_targets_are_what_the_assistant_says_with_its_end(store):
+def test_targets_are_what_the_assistant_says_with_its_end(store):
     _, examples, rows = rows_of(store)
     assert sorted(len(example["records"]) for example in examples) == [1, 2]
     said = sorted(text for row in rows for text in targets_of(row))
@@ -103,7 +103,7 @@ def test_loss_is_the_cross_entropy_of_the_weighed_targets(store, make_scorer):
     assert float(sums.weight) == rows[0]["weights"].sum()
 
 
-def test_the_task_is_to_say_the_last_message(store):
+def test_task_is_to_generate_the_last_message(store):
     objective = ChatTuning(LENGTH)
     prompts = [BYTES.decode(objective.source(record)) for record in store]
     assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
@@ -111,7 +111,7 @@ def test_the_task_is_to_say_the_last_message(store):
     assert [objective.reference(record) for record in store] == ["second", "third", "fourth"]
 
 
-def test_what_the_template_writes_is_added_to_the_vocabulary(make_kind):
+def test_template_tokens_are_added_to_the_vocabulary(make_kind):
     """Of runs, which open the tokenizer before the other defaults are filled in."""
     config = make_kind("chat decoder", model__vocab_size=0)
     experiment, dataset = build_with_data(config, jax.devices()[:1])

@@ -56,7 +56,7 @@ def plain(logits, targets, label_smoothing, z_loss):
 
 
 @pytest.mark.parametrize(("label_smoothing", "z_loss"), OPTIONS)
-def test_loss_and_gradient_are_those_of_the_definition(example, label_smoothing, z_loss):
+def test_loss_and_gradient_match_the_definition(example, label_smoothing, z_loss):
     logits, targets = jnp.asarray(example[0], jnp.float32), jnp.asarray(example[1])
     weights = np.random.default_rng(1).normal(size=targets.shape)
 
@@ -81,7 +81,7 @@ def test_gradient_is_softmax_minus_one_hot(example):
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-def test_right_is_where_the_target_is_the_largest(example):
+def test_accuracy_counts_targets_with_the_largest_logit(example):
     logits, targets = example
     targets[0] = logits[0].argmax(-1)
     right = cross_entropy(jnp.asarray(logits), jnp.asarray(targets)).correct_BL

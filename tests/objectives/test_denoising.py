@@ -33,7 +33,7 @@ def sentences(tokens):
     return Counter(tuple(sentence) for sentence in found if sentence)
 
 
-def test_the_example_of_the_paper():
+def test_example_of_the_paper():
     """Lewis et al. 2020, figure 2: text infilling of "ABC.DE." gives "A_.D_E."."""
     text = np.array([ord(letter) for letter in "ABC.DE."])
     found = fill_spans(text, np.array([2, 0]), np.array([1, 3]), ord("_"))
@@ -48,7 +48,7 @@ def test_spans_have_the_tokens_together(n_masked, mean_span, seed):
     assert lengths[-1] > 0
 
 
-def test_lengths_are_those_of_a_poisson_distribution():
+def test_lengths_match_a_poisson_distribution():
     lengths = span_lengths(300_000, 3.0, np.random.default_rng(0))[:-1]
     share = np.bincount(lengths, minlength=4)[:4] / len(lengths)
     np.testing.assert_allclose(share, np.exp(-3) * np.array([1, 3, 4.5, 4.5]), atol=0.005)
@@ -60,7 +60,7 @@ def test_lengths_are_those_of_a_poisson_distribution():
     st.floats(0.1, 6.0),
     seeds,
 )
-def test_what_masks_leave_is_the_text(tokens, rate, mean_span, seed):
+def test_unmasked_tokens_are_the_text(tokens, rate, mean_span, seed):
     objective = Denoising(
         CHARS, 32, infill_rate=rate, infill_span=mean_span, permute_sentences=False
     )
@@ -118,6 +118,6 @@ def test_shapes_do_not_depend_on_the_tokenizer():
     assert Denoising(CHARS, 32).n_extra_ids == 2
 
 
-def test_no_room_is_said():
+def test_no_room_is_reported():
     with pytest.raises(UserError, match="sequence_length=3 leaves no room"):
         Denoising(CHARS, 3)

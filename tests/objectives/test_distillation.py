@@ -33,7 +33,7 @@ def by_formula(student, teacher, temperature, k=0):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("k", [0, 3])
-def test_the_divergence_is_that_of_the_paper(temperature, k):
+def test_divergence_matches_the_paper(temperature, k):
     student, teacher = np.random.default_rng(0).normal(0, 2, (2, 4, 5, 9))
     ids, expected = by_formula(student, teacher, temperature, k)
     chosen = jnp.asarray(np.take_along_axis(teacher, ids, -1))
@@ -41,7 +41,7 @@ def test_the_divergence_is_that_of_the_paper(temperature, k):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_teacher_may_be_an_imported_run(tmp_path):
+def test_teacher_may_be_an_imported_run(tmp_path):
     """Its configuration is written before defaults that depend on the platform are filled in."""
     (tmp_path / "run.json").write_text(json.dumps({"config": json.loads(default().to_json())}))
     teacher = teacher_module(str(tmp_path), 8)
@@ -50,7 +50,7 @@ def test_a_teacher_may_be_an_imported_run(tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_student_learns_beside_its_teacher(tiny_config, tmp_path):
+def test_student_learns_beside_its_teacher(tiny_config, tmp_path):
     """What is evaluated later, in chunks, is the divergence of the two models' own logits."""
     large, small = tmp_path / "teacher", tmp_path / "student"
     assert train(tiny_config(train__steps=2), large)

@@ -59,7 +59,7 @@ def test_random_tokens_have_a_row_in_the_table():
     assert max(row["inputs"][row["inputs"] < CLS].max() for row in found) < 100
 
 
-def test_a_row_is_cls_the_window_and_sep():
+def test_row_is_cls_the_window_and_sep():
     example = window([1, 1, 2, 2, 2, 0])
     found = Masked(ByteTokenizer(), 8).features(example, np.random.default_rng(0))
     tokens = example["tokens"][:5].tolist()
@@ -121,7 +121,7 @@ def test_random_tokens_are_no_special_ones():
     assert objective.n_extra_ids == 0
 
 
-def test_the_tokens_of_a_word_are_chosen_together():
+def test_tokens_of_a_word_are_chosen_together():
     ids = {piece: i for i, piece in enumerate(BERT)}
     words = [["he", "##l", "##lo"], ["wor", "##ld"], ["a"], ["wor", "##l", "##l", "##ld"]]
     text = [words[i] for i in np.random.default_rng(0).integers(0, 4, 24)]
@@ -140,7 +140,7 @@ def test_the_tokens_of_a_word_are_chosen_together():
     assert len(seen) == len(spans) - 2
 
 
-def test_a_word_ends_with_its_document():
+def test_word_ends_with_its_document():
     """Of "ab|cd", without a space, the two bytes of either document are a word."""
     objective = Masked(ByteTokenizer(), 6, mask_rate=0.5, whole_word=True)
     example = window([1, 1, 2, 2], low=97)
@@ -189,7 +189,7 @@ def test_half_of_the_second_texts_follow_the_first():
     assert len(starts) > 12
 
 
-def test_pairs_are_of_the_longest_document_without_its_delimiters():
+def test_pairs_come_from_the_longest_document_without_delimiters():
     example = window(np.repeat([1, 2, 3, 0], [4, 9, 5, 3]), low=60)
     example["tokens"][[4, 12]] = 256
     example["others"] = [window(np.repeat([1, 2], [15, 6]), high=60)]
@@ -205,7 +205,7 @@ def test_pairs_are_of_the_longest_document_without_its_delimiters():
     assert {int(found["is_next"]) for found in rows} == {0, 1}
 
 
-def test_a_document_of_one_token_makes_a_row_all_the_same():
+def test_document_of_one_token_still_makes_a_row():
     example = window([1] + [0] * 20) | {"others": [window([1] * 21)]}
     for found in many(Masked(ByteTokenizer(), 24, next_sentence=True), example, 9):
         assert split(found) == ([int(example["tokens"][0])], [])
@@ -227,7 +227,7 @@ def test_windows_fill_rows_and_adjoin(make_store):
 
 @pytest.mark.parametrize("next_sentence", [False, True])
 @pytest.mark.parametrize("whole_word", [False, True])
-def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only(
+def test_features_have_the_stated_shapes_and_depend_on_the_generator_only(
     next_sentence, whole_word
 ):
     objective = Masked(ByteTokenizer(), 64, whole_word=whole_word, next_sentence=next_sentence)
@@ -245,7 +245,7 @@ def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only(
 
 
 @pytest.mark.parametrize(("length", "next_sentence"), [(3, False), (4, True)])
-def test_a_row_too_short_for_text_is_said(length, next_sentence):
+def test_row_too_short_for_text_is_reported(length, next_sentence):
     with pytest.raises(UserError, match=f"sequence_length={length}"):
         Masked(ByteTokenizer(), length, next_sentence=next_sentence)
 
@@ -298,7 +298,7 @@ def means(rows):
     return np.mean(masked), np.mean(classes or [0])
 
 
-def test_loss_is_of_the_masked_tokens_only():
+def test_loss_covers_the_masked_tokens_only():
     rows = many(Masked(ByteTokenizer(), 24), window(np.repeat([1, 2, 0], [9, 6, 7])), 4)
     encoder = Encoder()
     sums = jax.jit(lambda batch: Masked(ByteTokenizer(), 24).loss(encoder, batch))(batch_of(rows))

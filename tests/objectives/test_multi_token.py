@@ -54,7 +54,7 @@ def trained():
     return objective, jax.tree.unflatten(tree, drawn)
 
 
-def test_the_loss_is_that_of_the_report(trained):
+def test_loss_matches_the_report(trained):
     objective, variables = trained
     found = nn.apply(objective.loss, MODEL)(variables, BATCH)
     params = variables["params"]
@@ -92,7 +92,7 @@ def test_the_loss_is_that_of_the_report(trained):
     assert float(found.weight) == BATCH["weights"].sum()
 
 
-def test_a_row_may_be_shorter_than_the_modules_reach():
+def test_row_may_be_shorter_than_the_number_of_modules():
     init, batch = nn.init(MultiToken(9, depth=3).loss, MODEL), batch_of(TOKENS[:2], DOCUMENTS[:2])
     made = jax.eval_shape(init, jax.random.key(0), batch)
     assert "stack_2" in made["params"]["ahead"]
@@ -105,7 +105,7 @@ def stack_of(model, x, positions, segments):
     return model.stack(x, positions, AttentionMask(True, segments))[0]
 
 
-def test_a_later_token_does_not_change_what_is_predicted_before_it(trained):
+def test_later_token_does_not_change_what_is_predicted_before_it(trained):
     """The module that predicts token i + 2 sees tokens up to i + 1 alone."""
     objective, variables = trained
     one = replace(objective, depth=1)

@@ -119,7 +119,7 @@ class YesNo(Objective):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_registry_says_what_the_class_says(name):
+def test_registry_says_what_the_class_says(name):
     entry, objective = OBJECTIVES.entries[name], OBJECTIVES[name]
     for attribute in ("families", "columns", "has_prefix", "predicts_every_token"):
         assert getattr(entry, attribute) == getattr(objective, attribute), attribute
@@ -183,7 +183,7 @@ TINY = {
 }
 
 
-def test_an_objective_of_documents_from_outside_trains_and_is_evaluated(train, text_file):
+def test_objective_of_documents_from_outside_trains_and_is_evaluated(train, text_file):
     found = train(
         TINY | {"objective.name": "ahead", "objective.ahead": 3, "data.source": f"text:{text_file}"}
     )
@@ -192,7 +192,7 @@ def test_an_objective_of_documents_from_outside_trains_and_is_evaluated(train, t
     assert "eval/validation/bits_per_byte" not in found
 
 
-def test_an_objective_of_records_from_outside_is_scored(train, labeled_file):
+def test_objective_of_records_from_outside_is_scored(train, labeled_file):
     source = {"data.source": f"tsv:{labeled_file}", "data.labels": "good,bad"}
     values = {"objective.name": "yes_no", "model.family": "encoder"}
     found = train(TINY | source | values, "--task")

@@ -27,7 +27,7 @@ def roberta(tmp_path):
     return FolderTokenizer.read(tmp_path)
 
 
-def test_a_pair_to_classify(roberta, tmp_path):
+def test_pair_to_classify(roberta, tmp_path):
     (tmp_path / "a.tsv").write_text("text\ttext2\tlabel\nab\tcd\t1\n")
     data = default().data
     store = build_record_store(open_records(f"tsv:{tmp_path}/a.tsv", data), roberta, tmp_path)
@@ -48,7 +48,7 @@ def test_a_pair_to_classify(roberta, tmp_path):
         ("<s> $A </s>", "<s> $A </s> $B </s>", [0, 1, 2, 4], [0, 1, 2, 4, 3, 4]),
     ],
 )
-def test_a_decoder_classifies_the_row_that_its_folder_makes(tmp_path, single, pair, text, texts):
+def test_decoder_classifies_the_row_that_its_folder_makes(tmp_path, single, pair, text, texts):
     """As a reward model of transformers, which pools the last token."""
     ids = {"<s>": 0, "a": 1, "b": 2, "c": 3, "</s>": 4}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
@@ -71,7 +71,7 @@ def test_a_decoder_classifies_the_row_that_its_folder_makes(tmp_path, single, pa
     assert len(objective.row(store[0])[0]) == 4
 
 
-def test_a_question_and_its_context(roberta, tmp_path):
+def test_question_and_its_context(roberta, tmp_path):
     answer = {"text": "d", "answer_start": 2}
     question = {"id": "1", "question": "b", "answers": [answer]}
     paragraph = {"context": "a d c", "qas": [question]}

@@ -53,7 +53,7 @@ class Log:
 
 
 @pytest.mark.parametrize("case", [case for case in OF_TRL if "reward" not in case])
-def test_losses_and_figures_are_those_of_trl(case):
+def test_losses_and_figures_match_trl(case):
     kept, name = OF_TRL[case], case.split()[1]
     objective = Preferences(name, 16, options(**kept["options"]))
     scores = LogProbs(
@@ -95,7 +95,7 @@ def test_rewards_are_learned_as_by_trl(case, monkeypatch):
         assert float(sums.metrics[figure]) / n == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reward_is_read_from_the_last_token_of_each_sequence():
+def test_reward_is_read_from_the_last_token_of_each_sequence():
     class Last(Log):
         def hidden(self, tokens, positions, segments):
             return jnp.stack([tokens, positions, segments], -1).astype(jnp.float32)
@@ -131,7 +131,7 @@ def objective():
     return Preferences("dpo", 6, options(reference="none"))
 
 
-def test_a_row_holds_both_sequences_and_completions_alone_are_learned(objective):
+def test_row_holds_both_sequences_and_completions_alone_are_learned(objective):
     pair = record([1, 2, 3], chosen=[4, 5], rejected=[6, 7, 8, 9, 10, 11])
     row = objective.features(SimpleNamespace(record=pair), np.random.default_rng(0))
     assert row["inputs"].tolist() == [1, 2, 3, 4, 0, 0, 1, 2, 3, 6, 7, 8]
@@ -167,7 +167,7 @@ def test_log_probabilities_are_sums_over_the_completion(objective):
     np.testing.assert_allclose(objective.predict(Log(table), batch), expected, rtol=1e-5)
 
 
-def test_prompts_that_fill_a_sequence_are_left_out_and_told(make_kind, one_device, capsys):
+def test_prompts_that_fill_a_sequence_are_skipped_and_reported(make_kind, one_device, capsys):
     experiment, dataset = build_with_data(
         make_kind("dpo decoder", **{"data.sequence_length": 4}), jax.devices()
     )

@@ -66,7 +66,7 @@ def test_padding_belongs_to_no_prefix(features):
     assert found["segment_ids"][-2:].tolist() == found["prefix"][-2:].tolist() == [0, 0]
 
 
-def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only(features):
+def test_features_have_the_stated_shapes_and_depend_on_the_generator_only(features):
     found = features()
     stated = Prefix(LENGTH).shapes
     assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == stated
@@ -75,7 +75,7 @@ def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only(feat
     assert any((features(seed)["prefix"] != found["prefix"]).any() for seed in range(9))
 
 
-def test_loss_is_of_the_rest_of_the_documents(features, make_scorer):
+def test_loss_covers_the_rest_of_the_documents(features, make_scorer):
     batch = {name: jnp.asarray(x)[None] for name, x in features().items()}
     logits = np.random.default_rng(0).normal(size=(1, LENGTH, 16))
     model = make_scorer(logits)

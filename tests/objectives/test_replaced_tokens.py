@@ -28,7 +28,7 @@ def window(n_tokens, seed):
 
 
 @given(st.integers(1, 20), st.integers(0, 2**32 - 1))
-def test_masks_are_where_predictions_are_put_back(n_tokens, seed):
+def test_masks_are_at_the_predicted_positions(n_tokens, seed):
     example = window(n_tokens, seed)
     found = OBJECTIVE.features(example, np.random.default_rng(seed))
     assert {name: (x.shape, x.dtype.name) for name, x in found.items()} == OBJECTIVE.shapes
@@ -76,7 +76,7 @@ class Scorer:
         return self._scores
 
 
-def test_the_loss_is_that_of_the_paper():
+def test_loss_matches_the_paper():
     """Clark et al. 2020, §2: L_MLM + 50 L_Disc in numpy; a right sample counts as original."""
     rng = np.random.default_rng(0)
     rows = [OBJECTIVE.features(window(20, seed), rng) for seed in (1, 2)]

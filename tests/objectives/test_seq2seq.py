@@ -47,7 +47,7 @@ def stacked(found):
     return {name: np.stack([row[name] for row in found]) for name in found[0]}
 
 
-def test_pairs_lie_one_after_the_other(make_store):
+def test_pairs_are_packed_consecutively(make_store):
     store = make_store([("abc", "xy"), ("d", "z")])
     row = Seq2Seq(8, 7, SPECIAL).features({"records": list(store)}, RNG)
     a, b, c, d, x, y, z = map(ord, "abcdxyz")
@@ -64,7 +64,7 @@ def test_pairs_lie_one_after_the_other(make_store):
     assert {name: values.tolist() for name, values in row.items()} == expected
 
 
-def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
+def test_pair_too_long_for_a_row_is_truncated_and_ends_with_eos(make_store):
     for pack in (True, False):
         (row,) = rows(Seq2Seq(4, 3, SPECIAL, pack=pack), make_store([("abcdef", "uvwx")]))
         assert row["source"].tolist() == [*map(ord, "abc"), EOS]
@@ -72,7 +72,7 @@ def test_a_pair_too_long_for_a_row_is_cut_and_still_ends(make_store):
         assert row["targets"].tolist() == [*map(ord, "uv"), EOS]
 
 
-def test_a_prefix_is_read_and_not_learned(make_store):
+def test_prefix_is_input_but_not_a_target(make_store):
     """Two pairs of 2 + 2 + 1 target tokens, the ends included, fill a row; a third is cut."""
     prefix = (100, 101)
     objective = Seq2Seq(8, 10, SPECIAL, prefix=prefix)
@@ -133,7 +133,7 @@ def loss_of(request):
     return lambda params, batch: apply({"params": params}, batch), params
 
 
-def test_a_target_has_no_gradient_from_another_pair(make_store, loss_of):
+def test_target_has_no_gradient_from_another_pair(make_store, loss_of):
     loss, params = loss_of
     store = make_store(PAIRS[:3])
     row = Seq2Seq(12, 12, SPECIAL).features({"records": list(store)}, RNG)
@@ -194,7 +194,7 @@ def test_loss_is_smoothed_nats_of_all_targets(make_store):
     assert float(sums.metrics["nll"]) == pytest.approx(nll, rel=1e-5)
 
 
-def test_features_are_of_the_stated_shapes(make_store):
+def test_features_have_the_stated_shapes(make_store):
     objective = Seq2Seq(12, 10, special_tokens(ByteTokenizer()))
     row = rows(objective, make_store(PAIRS))[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
@@ -203,7 +203,7 @@ def test_features_are_of_the_stated_shapes(make_store):
     assert Seq2Seq(9, 9, SpecialTokens(20, 20, 20, 0, 0, 0, vocab_size=20)).n_extra_ids == 1
 
 
-def test_records_without_a_target_are_said(tmp_path):
+def test_records_without_a_target_are_reported(tmp_path):
     (tmp_path / "a.tsv").write_text("source\tx\nb\ty\n")
     records = open_records(f"tsv:{tmp_path}/a.tsv", default().data)
     store = build_record_store(records, ByteTokenizer(), tmp_path)

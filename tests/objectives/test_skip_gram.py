@@ -45,7 +45,7 @@ def drawn(tokens, n=2000, **options):
 # --- features
 
 
-def test_what_is_no_word_leaves_no_gap_and_lines_are_told_apart():
+def test_unknown_words_leave_no_gap_and_lines_are_separate():
     found = objective(8, subsample=0.0).features(
         example([A, UNKNOWN, B, EOS, C, A], 8), np.random.default_rng(0)
     )
@@ -70,7 +70,7 @@ def test_noise_is_drawn_by_counts_to_the_power_of_three_quarters():
     assert scipy.stats.chisquare(found[:EOS], expected).pvalue > 0.001
 
 
-def test_windows_reach_evenly_far():
+def test_windows_are_symmetric():
     reach = drawn([A] * 10, subsample=0.0, window=4)["window_sizes"]
     found = np.bincount(reach.ravel(), minlength=5)
     assert len(found) == 5
@@ -151,7 +151,7 @@ def pairs_of(batch):
 
 
 @pytest.mark.parametrize("negatives", [1, 7])
-def test_loss_is_that_of_the_paper_summed_over_pairs(params, batch, negatives):
+def test_loss_matches_the_paper_summed_over_pairs(params, batch, negatives):
     """Mikolov 2013b, equation 4, its expectation over noise taken over the example's noise."""
     centres, contexts = (params[table]["embedding"] for table in ("tokens", "contexts"))
     loss, n = 0.0, 0
@@ -169,7 +169,7 @@ def test_loss_is_that_of_the_paper_summed_over_pairs(params, batch, negatives):
     assert float(sums.loss) == pytest.approx(loss, rel=1e-5)
 
 
-def test_gradients_are_those_of_centres_contexts_and_noise_only(params, batch):
+def test_gradients_match_centers_contexts_and_noise_only(params, batch):
     batch = {name: values.copy() for name, values in batch.items()}
     batch["inputs"][batch["inputs"] == D] = C  # neither a centre nor a context
     batch["noise"][batch["noise"] == C] = A
@@ -194,7 +194,7 @@ def test_scores_are_finite_far_out(params, batch):
 # --- the whole way
 
 
-def test_words_of_the_same_contexts_become_alike(tiny_config, tmp_path):
+def test_words_in_the_same_contexts_get_similar_vectors(tiny_config, tmp_path):
     """Cat and dog are interchangeable, and so are car and bus."""
     rng = np.random.default_rng(0)
     lines = [

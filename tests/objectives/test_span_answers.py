@@ -24,7 +24,7 @@ def exhaustive(scores_L2):
 
 
 @pytest.mark.parametrize("n_open", [1, 2, 7, 80])
-def test_the_best_span_is_that_of_an_exhaustive_search(n_open):
+def test_best_span_matches_an_exhaustive_search(n_open):
     rng = np.random.default_rng(n_open)
     for _ in range(50):
         scores_L2 = np.full((90, 2), -np.inf)
@@ -35,14 +35,14 @@ def test_the_best_span_is_that_of_an_exhaustive_search(n_open):
         assert found == pytest.approx(exhaustive(scores_L2))
 
 
-def test_an_answer_has_at_most_thirty_tokens():
+def test_answer_has_at_most_thirty_tokens():
     scores_L2 = np.zeros((50, 2))
     scores_L2[5, 0] = scores_L2[35, 1] = 1  # 31 tokens
     scores_L2[34, 1] = 0.5
     assert best_span(scores_L2) == (1.5, 5, 34)
 
 
-def test_an_answer_does_not_end_before_it_starts():
+def test_answer_does_not_end_before_it_starts():
     scores_L2 = np.array([[0, 0], [0, 5], [3, 0], [0, 1.0]])
     assert best_span(scores_L2) == (5, 1, 1)
 
@@ -79,7 +79,7 @@ def scores(*windows):
     return found
 
 
-def test_the_best_window_answers_in_the_words_of_the_context(answer):
+def test_best_window_answers_in_the_words_of_the_context(answer):
     # Tokens: Zero , one two - three ( four ) / five six . — windows start at 0, 3 and 6.
     found = scores((0, 3, 0, 4), (1, 3, 0, 3), (1, 5, 1, 2), (3, 4, 0, 1), (3, 4, 1, 1))
     assert answer(found, may_lack=False) == ["two-three", "six"]
@@ -99,7 +99,7 @@ def test_no_answer_wins_where_cls_has_more_in_every_window(answer):
     assert answer(found, may_lack=True) == ["two", ""]
 
 
-def test_a_context_without_tokens_has_no_answer(answer):
+def test_context_without_tokens_has_no_answer(answer):
     found = scores()
     found[3, 1:] = -np.inf
     assert answer(found, may_lack=False)[1] == ""

@@ -68,11 +68,11 @@ def with_sentinels(n):
         (1024, 1137, 229),
     ],
 )
-def test_the_text_fills_the_source(source, raw, targets):
+def test_text_fills_the_source(source, raw, targets):
     assert text_and_target_length(source, 0.15, 3.0) == (raw, targets)
 
 
-def test_the_example_of_the_paper():
+def test_example_of_the_paper():
     """Raffel 2020, figure 2: the published pair of source and targets."""
     words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week"]
     noise = np.array([word in ("for", "inviting", "last") for word in words])
@@ -102,7 +102,7 @@ def test_all_masks_with_the_right_counts_are_equally_likely():
 
 
 @given(st.integers(2, 90), st.floats(0.05, 0.9), st.floats(1.0, 5.0), st.integers(0, 2**32 - 1))
-def test_a_mask_has_the_counts_that_the_lengths_assume(length, density, mean_span, seed):
+def test_mask_has_the_counts_that_the_lengths_assume(length, density, mean_span, seed):
     mask = noise_mask(length, density, mean_span, np.random.default_rng(seed))
     n_noise = min(max(round(length * density), 1), length - 1)
     n_spans = min(max(round(n_noise / mean_span), 1), length - n_noise)
@@ -132,7 +132,7 @@ def test_source_and_targets_together_are_the_text(n_tokens, seed):
         assert text == example["tokens"][:n_tokens].tolist()
 
 
-def test_a_full_window_leaves_no_padding():
+def test_full_window_leaves_no_padding():
     objective = SpanCorruption(ByteTokenizer(), 512)
     found = objective.features(window(568), np.random.default_rng(0))
     assert found["source"].shape == (512,)
@@ -142,7 +142,7 @@ def test_a_full_window_leaves_no_padding():
     assert found["source"][-1] == found["targets"][-1] == 256
 
 
-def test_a_short_window_is_filled_up_with_what_has_no_weight():
+def test_short_window_is_padded_with_zero_weight():
     found = BYTES.features(window(20, 70), np.random.default_rng(0))
     # 20 tokens: 3 of noise in one span; 17 + 1 + 1 and 3 + 1 + 1.
     assert found["source_segments"].tolist() == [1] * 19 + [0] * 45
@@ -151,7 +151,7 @@ def test_a_short_window_is_filled_up_with_what_has_no_weight():
     assert not found["targets"][5:].any()
 
 
-def test_inputs_are_the_targets_one_later_after_the_start():
+def test_inputs_are_shifted_targets_after_the_start_token():
     tokenizer = t5_pieces()
     objective = SpanCorruption(tokenizer, 64)
     found = objective.features(window(70) | {"tokens": np.full(70, 5)}, np.random.default_rng(0))
@@ -184,17 +184,17 @@ def test_sentinels_of_the_vocabulary_are_used():
     assert found["targets"][found["targets"] > 3].tolist() == [7, 6, 5]
 
 
-def test_too_few_sentinels_are_said():
+def test_too_few_sentinels_are_reported():
     with pytest.raises(UserError, match=r"tokenizers vocabulary .* 3 .*mean_span"):
         SpanCorruption(with_sentinels(2), 64).n_extra_ids  # noqa: B018
 
 
-def test_a_source_too_short_for_a_hole_is_said():
+def test_source_too_short_for_a_span_is_reported():
     with pytest.raises(UserError, match="sequence_length=2"):
         text_and_target_length(2, 0.15, 3.0)
 
 
-def test_windows_adjoin_and_miss_nothing(make_store):
+def test_windows_are_contiguous_and_complete(make_store):
     store = make_store([[i % 200 for i in range(n)] for n in (100, 30, 80)])
     examples = BYTES.examples(store, training=False)
     tokens = [e["tokens"][e["segment_ids"] == 1] for e in map(examples.__getitem__, range(3))]
@@ -203,7 +203,7 @@ def test_windows_adjoin_and_miss_nothing(make_store):
     assert len(BYTES.examples(store, training=True)) == 3
 
 
-def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only():
+def test_features_have_the_stated_shapes_and_depend_on_the_generator_only():
     first, again, other = (
         BYTES.features(window(70), np.random.default_rng(seed)) for seed in (0, 0, 1)
     )
@@ -214,7 +214,7 @@ def test_features_are_of_the_stated_shapes_and_depend_on_the_generator_only():
     assert SpanCorruption(None, 64).shapes == BYTES.shapes
 
 
-def test_loss_is_of_the_targets_that_have_weight(make_scorer):
+def test_loss_covers_the_targets_that_have_weight(make_scorer):
     found = BYTES.features(window(20, 70), np.random.default_rng(0))
     batch = {name: jnp.asarray(x)[None] for name, x in found.items()}
     logits = np.random.default_rng(0).normal(size=(1, len(found["targets"]), 357))
@@ -235,7 +235,7 @@ def test_loss_is_of_the_targets_that_have_weight(make_scorer):
 MIXTURE = SpanCorruption(ByteTokenizer(), 64, denoisers=read_denoisers("ul2"))
 
 
-def test_the_denoisers_of_ul2():
+def test_denoisers_of_ul2():
     """Tay et al. 2022, Table 1: two R, one S, four X; its prefixes are those of the release."""
     found = [(d.prefix, d.density, d.mean_span) for d in read_denoisers("ul2")]
     assert found == [
@@ -280,14 +280,14 @@ def test_windows_fit_whatever_is_drawn():
     assert SpanCorruption(None, 64, denoisers=MIXTURE.denoisers).shapes == MIXTURE.shapes
 
 
-def test_ends_are_of_the_density_in_the_mean():
+def test_suffix_masks_have_the_mean_density():
     denoiser, rng = Denoiser("", 0.25, 0), np.random.default_rng(0)
     sizes = np.array([denoiser.mask(100, rng).sum() for _ in range(2000)])
     assert (sizes.min(), sizes.max()) == (1, 49)
     assert sizes.mean() == pytest.approx(25, abs=1)
 
 
-def test_a_prefix_that_the_vocabulary_has_is_one_token():
+def test_prefix_that_the_vocabulary_has_is_one_token():
     tokenizers = pytest.importorskip("tokenizers")
     ids = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "[R]", "a"])}
     model = tokenizers.models.WordLevel(ids, unk_token="<unk>")
@@ -300,11 +300,11 @@ def test_a_prefix_that_the_vocabulary_has_is_one_token():
 @pytest.mark.parametrize(
     "text", ["R", "R:0.5", "R:2:3", "R:0.5:0.5", "R:x:3", "R:0.5:nan", "ul2,R"]
 )
-def test_what_is_no_denoiser_is_said(text):
+def test_invalid_denoiser_is_reported(text):
     with pytest.raises(UserError, match=r"--config.objective.denoisers: .* is not PREFIX:DENSITY"):
         read_denoisers(text)
 
 
-def test_no_room_beside_a_prefix_is_said():
+def test_no_room_after_a_prefix_is_reported():
     with pytest.raises(UserError, match=r"sequence_length=8 .* use at least 9"):
         SpanCorruption(None, 8, denoisers=MIXTURE.denoisers).shapes  # noqa: B018

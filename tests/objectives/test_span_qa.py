@@ -51,7 +51,7 @@ def rows(objective, store):
     return [objective.features(windows[i], RNG) for i in range(len(windows))]
 
 
-def test_a_row_is_cls_question_sep_window_sep(make_store):
+def test_row_is_cls_question_sep_window_sep(make_store):
     store = make_store(("x y", "a b c d e f", "d e", 6))
     ids = dict(zip("abcdefxy", range(2, 10), strict=True))
     row, last = rows(SpanQa(10, 3, SPECIAL), store)
@@ -80,7 +80,7 @@ def bert_windows(n_context, room, doc_stride):
 
 
 @pytest.mark.parametrize(("length", "stride"), [(12, 3), (12, 5), (12, 50), (20, 1), (9, 2)])
-def test_windows_are_those_of_bert(make_store, length, stride):
+def test_windows_match_bert(make_store, length, stride):
     sizes = [(q, c) for q in (1, 2) for c in (1, 4, 5, 6, 7, 8, 11, 13, 30)]
     texts = [("q " * q, " ".join(f"w{i}" for i in range(c)), "w0", 0) for q, c in sizes]
     store = make_store(*texts)
@@ -128,7 +128,7 @@ CONTEXT = "In 1854-55, the (Crimean) war — “née” was;  fought. It ended"
         ("ended", "ended"),
     ],
 )
-def test_an_answer_covers_the_words_of_its_characters(make_store, answer, covered, tokenizer):
+def test_answer_covers_the_words_of_its_characters(make_store, answer, covered, tokenizer):
     at = CONTEXT.index(answer)
     store = make_store(("when ?", CONTEXT, answer, at), tokenizer=tokenizer)
     record = store[0]
@@ -222,7 +222,7 @@ def test_loss_is_the_mean_of_start_and_end(batch):
     assert float(sums.metrics["accuracy"]) == 1
 
 
-def test_features_are_of_the_stated_shapes(make_store):
+def test_features_have_the_stated_shapes(make_store):
     objective = SpanQa(12, 8, special_tokens(ByteTokenizer()))
     row = rows(objective, make_store(("x", "a b", "b", 2)))[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == objective.shapes
@@ -231,7 +231,7 @@ def test_features_are_of_the_stated_shapes(make_store):
     assert SpanQa(12, 8, SpecialTokens(0, 0, 0, 20, 21, 0, vocab_size=20)).n_extra_ids == 2
 
 
-def test_what_cannot_be_is_said(tmp_path):
+def test_impossible_settings_are_reported(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "x", "context": "y"}\n')
     records = open_records(f"jsonl:{tmp_path}/a.jsonl", default().data)
     store = build_record_store(records, ByteTokenizer(), tmp_path)

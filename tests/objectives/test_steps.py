@@ -65,7 +65,7 @@ def mean_loss(experiment, params, batch):
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_an_sgd_step_is_the_gradient_of_the_mean_loss(make_experiment, microbatches):
+def test_sgd_step_is_the_gradient_of_the_mean_loss(make_experiment, microbatches):
     experiment = make_experiment(**SGD, train__microbatches=microbatches)
     batch = uneven_batch()
     before, after, metrics = take_step(experiment, batch)
@@ -87,9 +87,7 @@ def test_an_sgd_step_is_the_gradient_of_the_mean_loss(make_experiment, microbatc
 
 
 @pytest.mark.parametrize(("microbatches", "where"), [(1, "params"), (4, "weights")])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
-    make_experiment, microbatches, where
-):
+def test_nonfinite_step_only_advances_the_counter(make_experiment, microbatches, where):
     experiment = make_experiment(train__microbatches=microbatches)
     batch = uneven_batch()
     if where == "weights":
@@ -110,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(
     assert not np.isfinite(metrics["loss"])
 
 
-def test_a_batch_without_targets_is_finite_and_has_no_gradient(make_experiment):
+def test_batch_without_targets_is_finite_and_has_no_gradient(make_experiment):
     batch = uneven_batch()
     batch["weights"] = np.zeros_like(batch["weights"])
     before, after, metrics = take_step(make_experiment(**SGD), batch)
@@ -149,7 +147,7 @@ def test_dropout_depends_on_seed_and_step_only(make_experiment):
 
 
 @pytest.mark.parametrize("kernel", SCHEMA["model.attention"].choices)
-def test_attention_dropout_is_trained_with_or_refused_at_once(make_experiment, kernel):
+def test_attention_dropout_is_trained_with_or_rejected_at_once(make_experiment, kernel):
     try:
         experiment = make_experiment(model__attention=kernel, model__attention_dropout=0.1)
     except UserError:
@@ -170,7 +168,7 @@ def test_evaluation_gives_the_sums_of_each_batch_without_dropout(make_experiment
         assert sums.loss[i] / sums.weight[i] == pytest.approx(float(definition(batch)), rel=1e-5)
 
 
-def test_the_seed_decides_the_initial_parameters(make_experiment):
+def test_seed_decides_the_initial_parameters(make_experiment):
     first, again, other = (
         jax.device_get(make_experiment(seed=seed).init_state()) for seed in (3, 3, 4)
     )

@@ -55,7 +55,7 @@ def test_conll_files_and_lists_of_words_are_the_same_records(tmp_path):
     assert [record for record, _ in open_file(tmp_path, "a.jsonl", text, **columns)] == expected
 
 
-def test_white_space_within_a_word_does_not_cut_it(tmp_path):
+def test_white_space_within_a_word_does_not_split_it(tmp_path):
     words = ["10\xa0000", "a\u3000b", "c\x85d", "e\u2028f\x1cg"]
     lines = "".join(f"{word}\t{label} \r\n" for word, label in zip(words, LABELS, strict=True))
     row = json.dumps({"words": words, "tags": list(LABELS)})
@@ -81,12 +81,12 @@ def test_white_space_within_a_word_does_not_cut_it(tmp_path):
         ("a.jsonl", '{"words": ["a"], "tags": [0]}\n', "words without spaces"),
     ],
 )
-def test_a_bad_row_is_one_line(tmp_path, name, text, problem):
+def test_bad_row_is_a_one_line_error(tmp_path, name, text, problem):
     with pytest.raises(UserError, match=problem):
         list(open_file(tmp_path, name, text))
 
 
-def test_the_target_of_a_word_stands_at_its_first_token(tmp_path):
+def test_target_of_a_word_stands_at_its_first_token(tmp_path):
     records = open_file(tmp_path, "a.conll", CONLL)
     store = build_record_store(records, ByteTokenizer(), tmp_path)
     objective = TokenClassification(12, LABELS, SPECIAL)
@@ -111,7 +111,7 @@ def test_the_target_of_a_word_stands_at_its_first_token(tmp_path):
 
 @settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1), min_size=1))
-def test_tokens_of_words_are_those_of_the_text(words):
+def test_tokens_of_words_match_the_text(words):
     text = " ".join("".join(words).split() or ["a"])
     found = tokenize_words(text, ByteTokenizer().encode)
     assert found.tokens.tolist() == ByteTokenizer().encode(text).tolist()
@@ -119,7 +119,7 @@ def test_tokens_of_words_are_those_of_the_text(words):
     assert np.unique(found.starts, return_index=True)[1].tolist() == [0, *starts[1:-1]]
 
 
-def test_a_word_without_a_token_is_outside(tmp_path):
+def test_word_without_a_token_is_outside(tmp_path):
     records = open_file(tmp_path, "a.conll", CONLL)
     store = build_record_store(records, WordTokenizer.fit(["Ada left"]), tmp_path)
     objective = TokenClassification(8, LABELS, SPECIAL)

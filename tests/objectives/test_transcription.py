@@ -25,7 +25,7 @@ def store(spoken_file, tmp_path_factory):
     return build_record_store(records, ByteTokenizer(), tmp_path_factory.mktemp("cache"))
 
 
-def test_a_row_is_what_whisper_hears_and_its_transcript(store, spoken_file):
+def test_row_has_whisper_features_and_transcript(store, spoken_file):
     objective = Transcription(S, T, SPECIAL, prefix=(7, 8), masks=3)
     record = store[1]
     row = objective.features(objective.examples(store, training=False)[1], RNG)

@@ -59,7 +59,7 @@ def test_numbers_that_bfloat16_has_stay():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_moment_follows_gradients_whose_steps_the_format_cannot_hold(dtype):
+def test_low_precision_moment_follows_tiny_gradient_steps(dtype):
     """With b2 = 0.999 a second moment moves by 0.1 % of the difference, the format by 1 to 9 %."""
     params = {"w": jnp.zeros((8, 64))}
     exact, inexact = optax.scale_by_adam(b2=0.999), compact(optax.scale_by_adam(b2=0.999), dtype)

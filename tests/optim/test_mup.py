@@ -74,7 +74,7 @@ def test_at_the_base_width_it_is_the_plain_model(style, optimizer):
             np.testing.assert_array_equal(was[path], now[path], err_msg=path)
 
 
-def test_initial_deviations_and_first_updates_are_those_of_table_8():
+def test_initial_deviations_and_first_updates_match_table_8():
     """Four times the base width: hidden kernels start with half the deviation and move a quarter as
     far, everything else starts and moves as in the base model."""
     options = {
@@ -130,7 +130,7 @@ def test_activations_keep_their_scale_over_widths_and_grow_in_the_plain_model():
         assert scale / 1.5 < wide[name] < 1.5 * scale, name
 
 
-def test_the_coordinate_check_measures_with_the_model_state():
+def test_coordinate_check_measures_with_the_model_state():
     """A router bias of a rate so high that the experts of a token change with it."""
 
     def scales(rate):
@@ -156,7 +156,7 @@ def test_the_coordinate_check_measures_with_the_model_state():
         ({"model.mup_base_width": "0"}, "mup_base_head_dim=8 needs --config.model.mup_base_width"),
     ],
 )
-def test_what_it_is_not_for_is_refused(values, message):
+def test_unsupported_models_are_rejected(values, message):
     both = {"model.mup_base_width": "16", "model.mup_base_head_dim": "8"}
     with pytest.raises(UserError, match=message):
         load_config("experiments/stdlib.py:tiny", both | values)

@@ -222,7 +222,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_three_steps_are_those_of_the_paper(case):
+def test_three_steps_match_the_paper(case):
     options, step = CASES[case]
     found = run(options, [draw(t + 1) for t in range(3)])
     expected = reference(step, decays=is_matrix)
@@ -236,7 +236,7 @@ def layer_of(name, i):
 
 
 @pytest.mark.parametrize("parts", ["updates", "decay", "both"])
-def test_cautious_steps_are_those_of_the_papers(parts):
+def test_cautious_steps_match_the_papers(parts):
     found = run(options_of("lion", cautious=parts), [draw(t + 1) for t in range(3)])
     layers = [0, 1]
     params, memory = by_name(draw(0)), {}
@@ -255,7 +255,7 @@ def test_cautious_steps_are_those_of_the_papers(parts):
         np.testing.assert_allclose(found[name], x, atol=2e-6, err_msg=name)
 
 
-def test_an_average_is_corrected_for_its_start():
+def test_average_is_corrected_for_its_start():
     """Kingma and Ba 2015, §7.2; gradients do not depend on it."""
     gradients = [draw(t + 1) for t in range(3)]
     last = [run(options_of("sgd"), gradients[: t + 1]) for t in range(3)]
@@ -265,7 +265,7 @@ def test_an_average_is_corrected_for_its_start():
         np.testing.assert_allclose(x, mean, atol=2e-6, err_msg=name)
 
 
-def test_schedule_free_is_that_of_the_paper():
+def test_schedule_free_matches_the_paper():
     """Defazio et al. 2024, as in their AdamWScheduleFree, with gradients that depend on y."""
     b1, b2, eps = 0.8, 0.99, 1e-8
 
@@ -322,7 +322,7 @@ def soap_of_a_matrix(gradients, sides, b1=0.95, b2=0.95, eps=1e-8):
                 bases[side] = np.linalg.qr(factors[side] @ bases[side])[0]
 
 
-def test_soap_is_that_of_the_paper():
+def test_soap_matches_the_paper():
     """Sides of 8 keep their basis, so that no two eigenvalues are 0 and eigenvectors are unique."""
     options = options_of("soap", soap__every=1, soap__max_dim=7, weight_decay=0.0)
     gradients = [draw(t + 1) for t in range(4)]
@@ -374,7 +374,7 @@ def test_soap_in_both_bases_and_between_two_new_ones():
 
 
 @pytest.mark.parametrize("parameter_scale", [True, False])
-def test_adafactor_is_that_of_the_paper(parameter_scale):
+def test_adafactor_matches_the_paper(parameter_scale):
     options = options_of(
         "adafactor", adafactor__parameter_scale=parameter_scale, adafactor__min_dim=6
     )
@@ -384,7 +384,7 @@ def test_adafactor_is_that_of_the_paper(parameter_scale):
         np.testing.assert_allclose(found[name], expected[name], atol=2e-6, err_msg=name)
 
 
-def test_adafactor_treats_every_layer_apart():
+def test_adafactor_treats_layers_separately():
     options = options_of("adafactor", adafactor__min_dim=6)
     params, grads = draw(0), draw(1)
     kernel = params["stack"]["layers"]["feed_forward"]["in"]["kernel"]
@@ -410,7 +410,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("decay", ENDINGS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_what_decays(name, decay):
+def test_weight_decay_mask(name, decay):
     """Without a gradient, a parameter moves by decay alone."""
     zeros = jax.tree.map(np.zeros_like, draw(0))
     found = run(options_of(name, decay=decay, muon__adam_ratio=1.0), [zeros])
@@ -419,7 +419,7 @@ def test_what_decays(name, decay):
         np.testing.assert_allclose(found[path], kept * x, rtol=1e-5, err_msg=path)
 
 
-def test_muon_orthogonalises_every_layer_of_a_stacked_kernel():
+def test_muon_orthogonalizes_every_layer_of_a_stacked_kernel():
     """Jordan 2024: the update is U Vᵀ of the gradient, its singular values roughly 1."""
     as_matrix = {  # [inputs, outputs] of each layer
         "stack/layers/attention/query/kernel": (8, 6),
@@ -451,7 +451,7 @@ def newton_schulz(x, steps=5):
 
 
 @pytest.mark.parametrize(("rms", "neuron_b2"), [(0.2, 0.0), (0.0, 0.9), (0.2, 0.9)])
-def test_variants_of_muon_are_those_of_the_papers(rms, neuron_b2):
+def test_variants_of_muon_match_the_papers(rms, neuron_b2):
     """Scale of Moonlight (Liu et al. 2025, eq. 4); NorMuon (Li et al. 2025, released code)."""
     changes = {"muon__rms": rms, "muon__neuron_b2": neuron_b2}
     gradients = [draw(t + 1) for t in range(3)]
@@ -475,7 +475,7 @@ def test_variants_of_muon_are_those_of_the_papers(rms, neuron_b2):
             np.testing.assert_allclose(found[name][i].reshape(shape), x, atol=2e-5, err_msg=name)
 
 
-def test_muon_orthogonalises_every_expert():
+def test_muon_orthogonalizes_every_expert():
     rng = np.random.default_rng(0)
     path = ("stack", "layers", "feed_forward", "experts", "out", "kernel")
     before, gradient = (np.float32(rng.normal(size=(2, 3, 12, 8))) for _ in range(2))
@@ -514,7 +514,7 @@ def test_muon_ratio_scales_the_other_parameters_only():
 
 
 @pytest.mark.parametrize(("clip", "factor"), [(0.0, 1), (1.0, 0.1), (9.0, 0.9), (11.0, 1)])
-def test_the_global_norm_is_clipped(clip, factor):
+def test_global_norm_is_clipped(clip, factor):
     grads = draw(1)
     norm = np.sqrt(sum((g**2).sum() for g in by_name(grads).values()))
     grads = jax.tree.map(lambda g: np.float32(g * 10 / norm), grads)

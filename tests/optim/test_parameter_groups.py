@@ -107,7 +107,7 @@ FROZEN = {  # pattern → of each path, what is frozen: True or the layers
     ("freeze", "name"),
     [(freeze, "adamw") for freeze in FROZEN] + [("layers/[01]/", name) for name in OPTIMIZERS],
 )
-def test_what_a_pattern_matches_keeps_every_bit_and_the_rest_trains(freeze, name):
+def test_frozen_parameters_stay_bitwise_equal_and_the_rest_trains(freeze, name):
     params, trainable = draw(), TrainableMask(freeze)
     after, _, _ = train(trainable, optimizer_of(options_of(name), trainable), params)
     for path, before in flat(params).items():
@@ -131,7 +131,7 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state():
     assert sum(sizes) == 2 * sum(np.prod(SHAPES[path]) for path in grads)
 
 
-def test_the_rest_trains_as_if_the_frozen_were_not_there():
+def test_unfrozen_parameters_train_as_without_the_frozen_ones():
     """Clipping by the global norm included."""
     params = draw()
     kept = {path: leaf for path, leaf in flat(params).items() if "layers" not in path}
@@ -143,7 +143,7 @@ def test_the_rest_trains_as_if_the_frozen_were_not_there():
         np.testing.assert_allclose(together[path], leaf, rtol=1e-6, err_msg=path)
 
 
-def test_with_low_rank_parameters_only_they_and_the_named_train():
+def test_lora_trains_only_its_factors_and_named_parameters():
     params = draw(shapes=SHAPES | ADAPTERS)
     for trainable, expected in (
         (TrainableMask(), {*ADAPTERS}),
@@ -182,7 +182,7 @@ def _ending(end, shapes=SHAPES):
         (TrainableMask("", "headd"), "--config.lora.train: 'headd' matches no parameter"),
     ],
 )
-def test_what_is_refused(trainable, words):
+def test_invalid_input_is_rejected(trainable, words):
     with pytest.raises(UserError, match=words):
         trainable.split(draw(shapes=SHAPES | ADAPTERS))
 
@@ -214,7 +214,7 @@ def test_rates_of_patterns_multiply():
         optimizer_of(options_of(rates="hed=>2"), None).init(draw())
 
 
-def test_frozen_layers_and_rates_of_0_leave_averages_where_they_are():
+def test_frozen_layers_and_zero_rates_leave_averages_unchanged():
     """Not by a bit, although averages are sums; a parameter that trains moves."""
     trainable, params = TrainableMask("layers/1/"), draw()
     options = options_of(ema=0.9, rates="head=>0")

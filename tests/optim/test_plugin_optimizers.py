@@ -81,7 +81,7 @@ def _fresh_process():
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_run_with_an_optimizer_and_a_schedule_of_the_user(tmp_path, text_file, capsys):
+def test_run_with_an_optimizer_and_a_schedule_of_the_user(tmp_path, text_file, capsys):
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
     (tmp_path / "config.py").write_text(CONFIG.format(text=text_file))
     run, config = tmp_path / "run", ["--config", str(tmp_path / "config.py")]

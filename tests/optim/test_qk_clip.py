@@ -81,7 +81,7 @@ def test_shared_parts_stay_and_others_share_the_factor():
     np.testing.assert_array_equal(found["layers/attention/down/kernel"], 1.0)
 
 
-def test_largest_logits_are_those_of_visible_pairs():
+def test_largest_logits_match_visible_pairs():
     rng = np.random.default_rng(0)
     q, k = (rng.normal(size=(2, 1026, n, 3)).astype(np.float32) for n in (4, 2))
     segments = np.repeat([[1, 1, 2], [3, 0, 0]], 342, axis=1)
@@ -114,7 +114,7 @@ def test_mesh_and_microbatches_change_nothing(make_kind):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_an_exported_run_holds_no_logits(make_kind, tmp_path):
+def test_exported_run_holds_no_logits(make_kind, tmp_path):
     llama = {"model.bias": False, "model.norm_bias": False, "train.steps": 1}
     config = make_kind("causal decoder", **llama, optimizer__qk_clip=0.001)
     assert train(config, tmp_path / "run")
@@ -134,7 +134,7 @@ def test_an_exported_run_holds_no_logits(make_kind, tmp_path):
     ],
     ids=str,
 )
-def test_what_has_no_logits_of_its_weights_is_refused(make_kind, change):
+def test_qk_clip_rejects_incompatible_settings(make_kind, change):
     config = make_kind("causal decoder", **change, optimizer__qk_clip=100.0)
     with pytest.raises(UserError, match=r"^--config\.optimizer\.qk_clip=100 (is not|cannot be)"):
         check(config, "cpu", 1)

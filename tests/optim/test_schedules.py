@@ -82,7 +82,7 @@ def test_step_held_is_the_schedule_of_the_lstm_of_2014(epoch):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("held", [0, 13])
-def test_the_peak_is_held_and_the_decay_still_ends_in_time(name, held):
+def test_peak_is_held_and_the_decay_still_ends_in_time(name, held):
     options = {"name": name, "hold_steps": held, "step_every": 100}
     assert rate(W + held, **options) == pytest.approx(PEAK, rel=0.03)
     assert rate(W + held - 1, **options) == pytest.approx(PEAK, rel=1e-5)

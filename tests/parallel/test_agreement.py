@@ -17,7 +17,7 @@ def test_exactly_the_processes_that_differ_from_the_first_are_named(facts):
     assert named == {i for i, each in enumerate(facts) if each != facts[0]}
 
 
-def test_the_line_says_what_differs_and_the_two_values():
+def test_line_says_what_differs_and_the_two_values():
     (line,) = disagreements([{"rate": 0.1, "seed": 0}, {"rate": 0.5, "seed": 0}])
     assert line == "process 1 differs from process 0 in rate (0.5, there 0.1)"
     (line,) = disagreements([{"rate": 0.1}, {}])

@@ -79,6 +79,6 @@ def test_devices_of_one_host_are_cut_in_order():
         ),
     ],
 )
-def test_an_axis_that_does_not_follow_the_network_is_an_error(devices, sizes, message):
+def test_axis_that_does_not_follow_the_network_is_an_error(devices, sizes, message):
     with pytest.raises(UserError, match=message):
         order(devices, **sizes)

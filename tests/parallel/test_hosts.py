@@ -30,7 +30,7 @@ def chosen(monkeypatch):
     return updates
 
 
-def test_the_cpu_is_taken_where_libtpu_finds_no_tpu(chosen):
+def test_cpu_is_taken_where_libtpu_finds_no_tpu(chosen):
     hosts.use_cpu_without_accelerators()
     assert chosen == {"jax_platforms": "cpu"}
 
@@ -50,20 +50,20 @@ def test_otherwise_jax_chooses(chosen, monkeypatch, reason):
 
 
 @pytest.mark.parametrize("address", ["localhost", "localhost:", "localhost:x", ":80", "h:99999"])
-def test_an_address_without_a_port_is_an_error(address):
+def test_address_without_a_port_is_an_error(address):
     with pytest.raises(UserError, match="expected HOST:PORT"):
         hosts.initialize_distributed(address, 2, 0)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_in_use_is_an_error(host):
+def test_port_in_use_is_an_error(host):
     with socket.create_server((host, 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot listen on port {port}"):
             hosts.initialize_distributed(f"127.0.0.1:{port}", 2, 0)
 
 
-def test_a_process_that_meets_nobody_names_the_address(monkeypatch):
+def test_process_without_peers_reports_the_address(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nstack")
 

@@ -45,7 +45,7 @@ def test_streams_pass_through_a_pipeline(stack):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_muon_orthogonalises_layers_that_are_not_stacked():
+def test_muon_orthogonalizes_layers_that_are_not_stacked():
     """A kernel [inputs, heads, head_dim] is a matrix of its first axis by the others."""
     changes = {**STACKS["concat"], "optimizer__name": "muon", "optimizer__weight_decay": 0.0}
     experiment = experiment_on({}, **changes)

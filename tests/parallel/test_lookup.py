@@ -27,7 +27,7 @@ def gradient(table_VD, ids_BL, weights_BLD):
 
 @pytest.mark.parametrize("rows", [64, 67])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_values_and_gradient_are_those_of_one_device(mesh, rows):
+def test_values_and_gradient_match_one_device(mesh, rows):
     """67 rows are not divided by "tensor", and every device has them all."""
     rng = np.random.default_rng(0)
     table = jnp.asarray(rng.normal(size=(rows, 16)), jnp.float32)

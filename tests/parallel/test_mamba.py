@@ -72,6 +72,6 @@ def test_packed_texts_do_not_see_each_other(values):
         ({}, {"model__mixer": "attention"} | {"model__attention_layers": (0,)}, r"another"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(mesh, changes, message):
+def test_conflicting_options_are_one_line_errors(mesh, changes, message):
     with pytest.raises(UserError, match=message):
         experiment_on(mesh, **MAMBA | changes)

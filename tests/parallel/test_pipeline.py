@@ -53,7 +53,7 @@ def test_every_group_of_layers_is_sent_once_and_each_stage_receives_one_a_round(
                 assert sorted(group % S for group in groups) == [*range(S)]
 
 
-def test_a_part_of_a_batch_draws_what_its_rows_draw():
+def test_part_of_a_batch_draws_what_its_rows_draw():
     def draw(key, shape):
         one, two = jax.random.split(jax.random.fold_in(key, 5))
         return jnp.stack([jax.random.normal(one, shape), jax.random.uniform(two, shape)], axis=1)
@@ -72,7 +72,7 @@ SIZES = [(2, 2, 1, 2), (2, 8, 1, 1), (4, 4, 1, 1), (4, 8, 1, 1), (2, 2, 3, 1), (
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-def test_every_row_passes_every_layer_in_order_with_what_goes_beside_it(sizes):
+def test_every_row_passes_every_layer_in_order_with_its_inputs(sizes):
     S, M, R, K = sizes
     N, B, D = S * R * K, 48, 8 // S
     shape = [S if axis == "stage" else D if axis == "data" else 1 for axis in AXES]
@@ -185,7 +185,7 @@ def test_evaluation_under_a_pipeline_equals_that_of_one_device(experiment_on):
     assert loss({"stage": 2}) == pytest.approx(loss({}), rel=1e-5)
 
 
-def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experiment_on):
+def test_activations_move_between_stages_and_no_parameter_is_gathered(experiment_on):
     experiment = experiment_on("causal decoder", *MESHES["stage=2,data=2,repeats=2"])
     for path, leaf in jax.tree.leaves_with_path(experiment.state_sharding.params["stack"]):
         assert leaf.spec[:1] == (("stage",) if path[0].key == "layers" else (None,))
@@ -209,7 +209,7 @@ def test_activations_go_from_stage_to_stage_and_no_parameter_is_gathered(experim
         ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 .*experts_every"),
     ],
 )  # fmt: skip
-def test_what_does_not_divide_is_an_error(experiment_on, mesh, options, overrides, message):
+def test_indivisible_sizes_are_errors(experiment_on, mesh, options, overrides, message):
     with pytest.raises(UserError, match=message):
         experiment_on("causal decoder", mesh, options, **overrides)
 

@@ -90,7 +90,7 @@ def decaying(config):
 
 
 @pytest.mark.parametrize("spec", DECAYING)
-def test_what_decays(spec):
+def test_weight_decay_mask(spec):
     tables, outside, feed_forward = DECAYING[spec]
     assert decaying(load(spec)) == {
         *(f"{name}/embedding" for name in tables),
@@ -99,7 +99,7 @@ def test_what_decays(spec):
     }
 
 
-def test_what_decays_in_the_nplm():
+def test_weight_decay_mask_of_the_nplm():
     """Bengio et al. 2003, §3.1: all weights and the features, no bias."""
     config = load("nplm.py:mlp1")
     experiment = build_untraced(config, jax.devices()[:1])

@@ -15,12 +15,12 @@ script = _load(SCRIPTS / "check_configs.py")
 
 @settings(max_examples=150)
 @given(st.integers(0, 2**32))
-def test_a_damaged_configuration_is_accepted_whole_or_refused_by_one_line(seed):
+def test_damaged_configuration_is_valid_or_a_one_line_error(seed):
     config, done = script.damaged_config(random.Random(seed))
     assert not script.problem_of(config, 8), done
 
 
-def test_what_the_schema_does_not_allow_is_found(monkeypatch):
+def test_schema_violations_are_found(monkeypatch):
     monkeypatch.setattr(script, "check", lambda *args: None)
     for path, value in {
         "eval.every_steps": True,
@@ -36,7 +36,7 @@ def test_what_the_schema_does_not_allow_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["del c.optimizer", "del c.optimizer.adamw", "c.optimizer = 3"])
-def test_an_override_of_a_section_that_the_file_removed_is_one_line(tmp_path, line):
+def test_override_of_a_section_that_the_file_removed_is_a_one_line_error(tmp_path, line):
     file = tmp_path / "removed.py"
     body = f"  c = default()\n  with c.unlocked(), c.ignore_type(): {line}\n  return c\n"
     file.write_text(f"from lm.config import default\ndef get_config():\n{body}")

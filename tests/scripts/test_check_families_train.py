@@ -23,7 +23,7 @@ def script():
         return check_families_train
 
 
-def test_a_small_configuration_of_every_variant_trains_on_both_meshes(script):
+def test_small_configuration_of_every_variant_trains_on_both_meshes(script):
     for spec in variants_in(ROOT / "experiments"):
         model, config = load_config(spec).model, script.shrunk(load_config(spec), Path("data"), 6)
         small = config.model

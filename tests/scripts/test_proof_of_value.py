@@ -42,7 +42,7 @@ def test_one_bit_fails_and_its_run_and_step_are_named(compare):
     assert "causal lstm" not in output
 
 
-def test_a_run_that_is_gone_fails(compare):
+def test_run_that_is_gone_fails(compare):
     code, output = compare({"causal lstm [1 device]": LOSSES["causal lstm [1 device]"]})
     assert code == 1
     assert "prefix decoder [data=8]" in output

@@ -51,13 +51,13 @@ def test_phrases_that_two_pairs_exchange_are_exchanged_in_a_third(script):
         ("answer s0 ( )", "s0", "( p )", "answer ( p ) ( )"),
     ],
 )
-def test_an_exchange_leaves_a_form_well_formed(script, form, part, other, expected):
+def test_exchange_leaves_a_form_well_formed(script, form, part, other, expected):
     # the parts as arguments of a binder of $0
     part, other = (without_names(parse_form(f"( the $0 {x} )"))[2:] for x in (part, other))
     assert script.exchanged(script.parsed_forms(form), part, other) == expected
 
 
-def test_nothing_is_made_of_held_out_pairs_and_half_of_the_rest_is_new(
+def test_held_out_pairs_are_not_recombined_and_half_of_the_output_is_new(
     script, tmp_path, monkeypatch, capsys
 ):
     pairs = [*PAIRS * 4, *((f"seldom{i}", f"( rare{i} s9 )") for i in range(8))]

@@ -59,7 +59,7 @@ def test_cycles_are_groups_that_reach_each_other():
     assert structure.cycles(edges) == [["a", "b", "c"], ["e", "f"]]
 
 
-def test_a_reentry_is_an_entry_into_a_file_that_was_left():
+def test_reentry_is_an_entry_into_a_file_that_was_left():
     calls = [("", "a"), ("a", "b"), ("b", "b"), ("a", "a"), ("a", "b"), ("b", "c")]
     counts = structure.count_entries(structure.entries(calls))
     assert counts == {"entries": 5, "files": 3, "re-entries": 2, "from outside": 1}
@@ -81,7 +81,7 @@ def test_imports_are_counted_by_file_and_folder(write_package):
     assert structure.faults(result, 0, 0) == []
 
 
-def test_a_folder_and_its_subfolder_are_no_siblings(write_package):
+def test_folder_and_its_subfolder_are_not_siblings(write_package):
     modules = {"models__registry": "import lm.models.classic.lstm", "models__layers": ""}
     root = write_package(**modules, models__classic__lstm="from lm.models import layers")
     result = structure.measure_imports(root)
@@ -123,7 +123,7 @@ def test_check_fails(write_package, files, fault):
     )
 
 
-def test_a_call_site_is_recorded_once_and_imports_not(write_package, monkeypatch):
+def test_call_site_is_recorded_once_and_imports_not(write_package, monkeypatch):
     root = write_package(
         "made_up",
         outer="""

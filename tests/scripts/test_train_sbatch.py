@@ -40,7 +40,7 @@ def start(tmp_path):
     ("code", "restarts", "again"),
     [(0, "", 0), (2, "", 0), (75, "99", 1), (1, "", 1), (134, "9", 1), (1, "10", 0)],
 )
-def test_what_is_queued_again(start, code, restarts, again):
+def test_requeued_slices(start, code, restarts, again):
     process = start(f"exit {code}", **({"SLURM_RESTART_COUNT": restarts} if restarts else {}))
     _, err = process.communicate(timeout=20)
     assert process.returncode == code
@@ -50,7 +50,7 @@ def test_what_is_queued_again(start, code, restarts, again):
     assert ("error: gave up" in err) == (restarts == "10")
 
 
-def test_a_dry_run_prints_what_would_run_and_runs_nothing(start, tmp_path):
+def test_dry_run_prints_commands_and_runs_nothing(start, tmp_path):
     words = ["bash", SCRIPT, "--dry_run", "train", "--workdir", "a b"]
     environment = os.environ | {"LM": "my lm", "SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
@@ -65,7 +65,7 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(start, tmp_path):
         assert "scripts/train.sbatch --dry_run train" in done.stdout
 
 
-def test_the_signal_before_the_time_limit_saves_and_queues_again(start, tmp_path):
+def test_signal_before_the_time_limit_saves_and_queues_again(start, tmp_path):
     process = start(
         f"trap 'sleep .5; touch {tmp_path}/saved; exit 75' TERM; sleep 9 2>&- & wait $!"
     )

@@ -81,7 +81,7 @@ def test_bytes_that_are_no_request_get_an_error(client, path, body):
     assert response.json()["error"]["message"]
 
 
-def test_what_is_no_json_object_is_named(client):
+def test_non_object_json_is_reported(client):
     said = {
         b"": "empty",
         b"[1]": "list",
@@ -162,7 +162,7 @@ def test_every_verb_enters_one_bounded_queue(client, monkeypatch):
     assert (many.status_code, "5 replies or groups" in many.text) == (400, True), many.text
 
 
-def test_texts_that_no_vector_or_class_is_of_are_refused(client):
+def test_texts_that_no_vector_or_class_is_of_are_rejected(client):
     """No text is cut in silence, and none without tokens has a vector."""
     for model in ("tiny", "lstm"):
         for texts in ("", ["a", ""], [], [[]], [[65], []]):
@@ -190,7 +190,7 @@ def test_models_in_whole_batches_say_so_and_have_every_option(client):
         assert (choice["text"] in ("yes", "no"), choice["finish_reason"]) == (n == 9, finish)
 
 
-def test_a_slow_grammar_is_refused_and_holds_nobody_up(client, monkeypatch):
+def test_slow_grammar_is_rejected_without_blocking_others(client, monkeypatch):
     monkeypatch.setattr(completion_api, "_GRAMMAR_SECONDS", 0.05)
     done = threading.Event()
     monkeypatch.setattr(completion_api, "grammar_limits", lambda *args: done.wait(60))
@@ -223,7 +223,7 @@ class Failing:
         return EngineStatistics(*[4] * 8)
 
 
-def test_an_engine_that_cannot_start_again_is_told(client, monkeypatch):
+def test_engine_that_cannot_start_again_is_told(client, monkeypatch):
     model = client.server.models["tiny"]
     make = partial(EngineThread, Failing, model.prepared, model.params, "tiny", print)
     assert client.get("/healthz").status_code == 200
@@ -239,7 +239,7 @@ def test_an_engine_that_cannot_start_again_is_told(client, monkeypatch):
 
 
 @pytest.mark.parametrize("before", [(), (0,), (65, 66)])
-def test_an_echo_begins_with_the_prompt(client, monkeypatch, before):
+def test_echo_begins_with_the_prompt(client, monkeypatch, before):
     model = client.server.models["tiny"]
     template = replace(model.tokenizer.template, before=before)
     monkeypatch.setattr(type(model.tokenizer), "template", template)
@@ -274,7 +274,7 @@ def test_ids_that_the_tokenizer_or_the_model_does_not_have(client, more):
     assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
 
-def test_contents_in_parts_are_one_text(client):
+def test_content_parts_are_joined(client):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "é"}]
 
     def tokens(content):
@@ -300,13 +300,13 @@ def test_contents_in_parts_are_one_text(client):
 @pytest.mark.parametrize(
     "wrong", [{"stop": 0}, {"stop": False}, {"stop_token_ids": False}, {"stop_token_ids": 0}]
 )
-def test_a_false_list_is_none(client, wrong):
+def test_false_instead_of_a_list_means_none(client, wrong):
     answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, **wrong})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == next(iter(wrong))
 
 
-def test_a_request_has_one_checkpoint(client, monkeypatch):
+def test_request_has_one_checkpoint(client, monkeypatch):
     """A newer one that comes while the prompt is scored is that of the whole reply."""
     model = client.server.models["tiny"]
     old, new = model.params, jax.tree.map(lambda x: x * 0.5, model.params)

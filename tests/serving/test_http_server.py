@@ -106,7 +106,7 @@ def test_keys_are_read_again_when_they_change(changing):
 
 
 @pytest.mark.parametrize("stream", ["true", "false"])
-def test_a_client_that_goes_ends_its_request(changing, stream):
+def test_disconnect_cancels_the_request(changing, stream):
     server, _ = changing
     n_before = server.text().count('"status": 499')
     address = httpx.URL(server.url)
@@ -123,7 +123,7 @@ def test_a_client_that_goes_ends_its_request(changing, stream):
     server.wait(lambda: n_running(server) == 0)
 
 
-def test_more_than_the_queue_holds_is_refused(changing):
+def test_request_beyond_the_queue_is_rejected(changing):
     server, _ = changing
     many = LONG | {"n": 30, "max_tokens": 60}  # of which 64 wait or run
     alone = post(server, many).json()["choices"]
@@ -139,7 +139,7 @@ def test_more_than_the_queue_holds_is_refused(changing):
     assert all(response.json()["choices"] == alone for response in served)  # a seed: alike
 
 
-def test_a_newer_checkpoint_is_served_and_a_damaged_one_is_not(changing, one_device):
+def test_newer_checkpoint_is_served_and_a_damaged_one_is_not(changing, one_device):
     server, folder = changing
     words = ["--config", str(folder / "config.py"), "--workdir", str(folder / "run")]
     greedy = SHORT | {"logprobs": 0, "temperature": 0}
@@ -194,7 +194,7 @@ def test_signals_before_the_models_are_loaded_end_nothing(tiny_run):
     assert not seen
 
 
-def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
+def test_log_on_a_full_disk_ends_nothing(monkeypatch):
     def load():
         log_note("a line")
         raise UserError("loaded")
@@ -211,7 +211,7 @@ def test_a_log_on_a_full_disk_ends_nothing(monkeypatch):
         serve(load, LIMITS, ListenOptions("127.0.0.1", 0))
 
 
-def test_what_cannot_be_served_is_one_line(tiny_run, tmp_path, capsys, monkeypatch):
+def test_unservable_run_is_a_one_line_error(tiny_run, tmp_path, capsys, monkeypatch):
     run = str(tiny_run)
     (tmp_path / "keys").write_text("# none\n")
     (tmp_path / "certificate").write_text("none\n")

@@ -25,7 +25,7 @@ def streamed(chunks):
     return texts, finishes, usage
 
 
-def test_a_stream_says_what_the_whole_reply_says(api):
+def test_streamed_text_equals_the_whole_reply(api):
     asked = {"model": "tiny", "prompt": ["the big", "a model"], "n": 2, "seed": 5, "max_tokens": 12}
     whole = api.completions.create(**asked)
     options = {"include_usage": True}
@@ -41,7 +41,7 @@ def test_a_stream_says_what_the_whole_reply_says(api):
     assert whole.usage.prompt_tokens == sum(map(len, asked["prompt"])) + 2  # bos
 
 
-def test_a_chat_streams_its_answer(api):
+def test_chat_streams_its_answer(api):
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "seed": 3}
     asked |= {"max_completion_tokens": 10}
     whole = api.chat.completions.create(**asked).choices[0]
@@ -67,7 +67,7 @@ def test_logit_bias_stop_and_top_k_decide_the_text(api):
     assert greedy[0] == greedy[1]
 
 
-def test_logprobs_of_an_echo_are_those_of_the_reply(api):
+def test_logprobs_of_an_echo_match_the_reply(api):
     reply = api.completions.create(
         model="tiny", prompt="the big", max_tokens=4, temperature=0, logprobs=3
     ).choices[0]
@@ -87,7 +87,7 @@ def test_logprobs_of_an_echo_are_those_of_the_reply(api):
     assert echo.logprobs.token_logprobs[-1] == pytest.approx(logged.token_logprobs[0], abs=1e-4)
 
 
-def test_a_schema_bounds_the_answer(api):
+def test_schema_bounds_the_answer(api):
     schema = {"type": "object", "properties": {"a": {"enum": [True, False]}}, "required": ["a"]}
     schema["additionalProperties"] = False
     answer = api.chat.completions.create(

@@ -54,7 +54,7 @@ def test_kubernetes_accepts_it(words):
         validate.validate(broken, validate.latest_version(), strict=True)
 
 
-def test_a_replica_is_a_host_with_its_chips():
+def test_replica_is_a_host_with_its_chips():
     spec, container = pod(manifests(*TPU))
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2"
@@ -63,7 +63,7 @@ def test_a_replica_is_a_host_with_its_chips():
     assert spec["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
 
 
-def test_a_pod_drains_before_it_is_killed():
+def test_pod_drains_before_it_is_killed():
     """SIGTERM comes after the pause; the time to drain and the pause fit in the grace period."""
     found = manifests(*CPU, "--", "--rows", "8")
     spec, container = pod(found)
@@ -91,7 +91,7 @@ def test_a_pod_drains_before_it_is_killed():
         ([*CPU, "--name", "a.b"], "lower-case letters"),
     ],
 )
-def test_what_is_refused(words, problem):
+def test_invalid_input_is_rejected(words, problem):
     done = deployment("--dry_run", *words)
     assert done.returncode == 2
     assert problem in done.stderr

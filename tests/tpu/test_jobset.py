@@ -45,13 +45,13 @@ def parts(found: dict) -> tuple[dict, dict, dict]:
         (["--tpu", "v6e:1x1"], 1, 1),
     ],
 )
-def test_a_slice_has_a_process_a_host(words, hosts, chips):
+def test_slice_has_a_process_a_host(words, hosts, chips):
     _, spec, container = parts(manifest(*words))
     assert spec["parallelism"] == spec["completions"] == hosts
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
 
 
-def test_the_workdir_lies_on_a_claim_or_in_a_bucket():
+def test_workdir_is_on_a_volume_claim_or_in_a_bucket():
     for words, volume in (
         ([], {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}),
         (["--claim", ""], {"name": "runs", "emptyDir": {}}),
@@ -110,7 +110,7 @@ def test_kubernetes_accepts_it(words):
         ([*TPU, "--name", "Run_1"], "lower-case letters"),
     ],
 )
-def test_wrong_words_are_one_line(words, expected):
+def test_wrong_words_are_one_line_errors(words, expected):
     done = jobset(*words)
     assert done.returncode == 2
     assert expected in done.stderr.splitlines()[-1]

@@ -97,7 +97,7 @@ def test_several_slices_are_one_queued_resource(cloud):
 
 
 @pytest.mark.parametrize("verb", ["create", "scp"])
-def test_a_failure_on_the_way_leaves_nothing(cloud, verb):
+def test_failed_build_leaves_no_files(cloud, verb):
     (cloud.folder / f"fail-{verb}").write_text("no quota\n" * 9)
     code, _, err = cloud.run("train.sh", *SLICE, *TRAIN)
     assert code not in (0, 75)
@@ -106,7 +106,7 @@ def test_a_failure_on_the_way_leaves_nothing(cloud, verb):
     assert cloud.started() == []
 
 
-def test_a_worker_that_cannot_install_ends_it(cloud):
+def test_worker_that_cannot_install_ends_it(cloud):
     code, _, _ = cloud.run("train.sh", *SLICE, "--prepare", "[ $(basename $PWD) = job-0 ]", *TRAIN)
     assert code not in (0, 75)
     assert not cloud.there
@@ -114,7 +114,7 @@ def test_a_worker_that_cannot_install_ends_it(cloud):
 
 
 @pytest.mark.parametrize("code", [75, 134])
-def test_a_run_that_is_stopped_or_breaks_starts_again_on_the_same_slice(tmp_path, code):
+def test_run_that_is_stopped_or_breaks_starts_again_on_the_same_slice(tmp_path, code):
     cloud = Cloud(tmp_path, f"{STARTS} [ $n -gt 2 ] || exit {code}")
     assert cloud.run("train.sh", *SLICE, *TRAIN)[0] == 0
     assert len(cloud.started()) == 4
@@ -122,14 +122,14 @@ def test_a_run_that_is_stopped_or_breaks_starts_again_on_the_same_slice(tmp_path
     assert not cloud.there
 
 
-def test_it_gives_up_in_the_end(tmp_path):
+def test_supervisor_gives_up_eventually(tmp_path):
     cloud = Cloud(tmp_path, "exit 1")
     code, _, err = cloud.run("train.sh", *SLICE, "--restarts", "1", *TRAIN)
     assert (code, len(cloud.started()), cloud.there) == (1, 4, False)
     assert "error: gave up after 1 restarts" in err
 
 
-def test_a_users_error_is_not_repeated(tmp_path):
+def test_users_error_is_not_repeated(tmp_path):
     cloud = Cloud(tmp_path, "exit 2")
     code, _, err = cloud.run("train.sh", *SLICE, *TRAIN)
     assert (code, len(cloud.started()), cloud.there) == (2, 2, False)
@@ -137,7 +137,7 @@ def test_a_users_error_is_not_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", ""])
-def test_a_slice_that_is_preempted_or_deleted_under_us_is_made_anew(tmp_path, state):
+def test_slice_that_is_preempted_or_deleted_under_us_is_made_anew(tmp_path, state):
     gone = f"echo {state} >$FAKE/state" if state else "rm $FAKE/state; rm -r $FAKE/workers"
     cloud = Cloud(tmp_path, f"{STARTS} [ $n -gt 2 ] && exit 0; sleep 1; {gone}; sleep 60")
     code, _, err = cloud.run("train.sh", *SLICE, *TRAIN)
@@ -147,7 +147,7 @@ def test_a_slice_that_is_preempted_or_deleted_under_us_is_made_anew(tmp_path, st
     assert not cloud.there
 
 
-def test_a_request_to_stop_lets_the_workers_save(tmp_path):
+def test_request_to_stop_lets_the_workers_save(tmp_path):
     cloud = Cloud(tmp_path, "trap 'touch $FAKE/saved; exit 75' TERM; sleep 60 & wait $!")
     process = cloud.start("train.sh", *SLICE, *TRAIN)
     until = time.monotonic() + 30
@@ -215,7 +215,7 @@ def test_every_script_has_help_and_a_dry_run_that_changes_nothing(cloud, tmp_pat
         ([*WHERE, "--type", "v9-8", *TRAIN], "no runtime is known for --type v9-8"),
     ],
 )
-def test_wrong_words_are_one_line(cloud, words, expected):
+def test_wrong_words_are_one_line_errors(cloud, words, expected):
     code, _, err = cloud.run("train.sh", *words)
     assert code == 2
     assert expected in err

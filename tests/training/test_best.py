@@ -50,20 +50,20 @@ def offer(tmp_path):
     return offer
 
 
-def test_more_of_a_figure_is_better(offer):
+def test_higher_is_better_by_default(offer):
     figures = {2: 0.5, 4: 0.75, 6: 0.75, 8: 0.6}
     found = {step: {"loss": step, "accuracy": value} for step, value in figures.items()}
     assert kept(offer("accuracy", found)) == (4, 4.0)
 
 
-def test_less_of_a_figure_with_a_minus_is_better(offer):
+def test_lower_is_better_with_a_minus_sign(offer):
     losses = {2: math.nan, 4: 3.0, 6: 1.5, 8: math.nan, 10: 2.0}
     run = offer("-loss", {step: {"loss": value} for step, value in losses.items()})
     assert kept(run) == (6, 6.0)
 
 
 @pytest.mark.parametrize("figure", ["accuracy", "-loss"])
-def test_a_restart_goes_on_from_what_is_kept(offer, figure):
+def test_restart_continues_from_the_kept_best(offer, figure):
     sign = -1 if figure == "-loss" else 1
     name = figure.removeprefix("-")
     offer(figure, {2: {name: sign * 1.0}, 4: {name: sign * 5.0}})
@@ -79,7 +79,7 @@ def test_steps_that_a_restart_repeats_change_nothing(offer):
     assert kept(offer("accuracy", repeated | {6: {"accuracy": 0.61}})) == (6, 6.0)
 
 
-def test_an_unknown_figure_names_those_there_are(offer):
+def test_unknown_figure_names_those_there_are(offer):
     with pytest.raises(UserError, match=r"eval.best=acuracy is not one of .*: loss, accuracy"):
         offer("-acuracy", {2: {"loss": 1.0, "accuracy": 0.0}})
 
@@ -103,7 +103,7 @@ def test_there_must_be_something_to_compare(tiny_config, tmp_path):
             train(tiny_config(eval__best="-loss", **{f"eval__{key}": 2}), tmp_path / "run")
 
 
-def test_the_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):
+def test_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):
     """A run that gets worse: what it kept is that of the evaluation with the least loss."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: devices)
@@ -135,7 +135,7 @@ def test_the_best_is_evaluated(tiny_config, tmp_path, monkeypatch, capsys):
     assert "cannot average 2 checkpoints" in capsys.readouterr().err
 
 
-def test_a_run_that_kept_no_best_is_said(tiny_config, tmp_path, monkeypatch, capsys):
+def test_run_without_best_checkpoint_is_reported(tiny_config, tmp_path, monkeypatch, capsys):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: devices)
     assert train(tiny_config(data__sequence_length=16, train__steps=1), tmp_path)

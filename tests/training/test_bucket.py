@@ -57,7 +57,7 @@ def checkpoints(place: str) -> list[int]:
     return sorted(int(file.parent.name) for file in files if file.parent.name.isdigit())
 
 
-def test_a_killed_run_continues_from_the_bucket_and_changes_no_bit(killed, undisturbed):
+def test_killed_run_resumes_bitwise_from_the_bucket(killed, undisturbed):
     assert losses(resolve_path(killed)) == losses(undisturbed)
     assert evaluations(resolve_path(killed)) == evaluations(undisturbed)
     names = {path.name for path in resolve_path(killed).iterdir()}
@@ -79,7 +79,7 @@ def test_verbs_read_from_the_bucket_and_write_there(killed, undisturbed, one_dev
     assert main(["eval", "--best", f"--workdir={killed}"]) == 0
 
 
-def test_a_run_starts_from_one_in_the_bucket(killed, experiment_file, tmp_path, one_device, capsys):
+def test_run_starts_from_one_in_the_bucket(killed, experiment_file, tmp_path, one_device, capsys):
     changes = {"init__from": killed, "data__tokenizer": f"run:{killed}", "train__steps": 2}
     assert main(arguments(experiment_file, tmp_path / "run", **changes)) == 0
     first = losses(tmp_path / "run")[1]
@@ -89,9 +89,7 @@ def test_a_run_starts_from_one_in_the_bucket(killed, experiment_file, tmp_path, 
     assert losses(resolve_path(f"{killed}-again"))[1] == losses(resolve_path(killed))[1]
 
 
-def test_a_damaged_checkpoint_is_set_aside_in_the_bucket(
-    bucket, experiment_file, one_device, capsys
-):
+def test_damaged_checkpoint_is_set_aside_in_the_bucket(bucket, experiment_file, one_device, capsys):
     place = f"{bucket}/damaged/run"
     assert main(arguments(experiment_file, place, train__stop_at=14)) == 75
     (parts,) = resolve_path(f"{place}/checkpoints/14/state").glob("ocdbt.process_0/d")
@@ -132,7 +130,7 @@ def test_one_process_at_a_time_has_the_lease(bucket, monkeypatch, capsys):
     assert not (place / ".lock").exists()
 
 
-def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, capsys):
+def test_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, capsys):
     place = resolve_path(f"{bucket}/left/run")
     ended = subprocess.Popen(["true"])
     ended.wait()
@@ -148,7 +146,7 @@ def test_the_lease_of_a_process_that_ended_is_taken_over(bucket, monkeypatch, ca
             assert "watching it" in capsys.readouterr().err
 
 
-def test_a_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
+def test_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
     monkeypatch.setattr(lm.storage.bucket, "_RENEW_SECONDS", 0.1)
     place, codes = resolve_path(f"{bucket}/lost/run"), []
     with lease(place, "taken", codes.append):
@@ -161,7 +159,7 @@ def test_a_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
     assert (place / ".lock").read_text() == '{"owner": "another"}'
 
 
-def test_what_changed_is_sent_once(bucket):
+def test_changed_options_are_sent_once(bucket):
     folder = open_run_folder(f"{bucket}/copy")
     assert open_run_folder(f"{bucket}/copy/") == folder
     (folder / "a").write_text("1")
@@ -188,12 +186,14 @@ def test_what_changed_is_sent_once(bucket):
         ("gs://no-such-bucket/x", "gs://no-such-bucket/x: FileNotFoundError"),
     ],
 )
-def test_a_wrong_address_is_one_line(bucket, experiment_file, one_device, capsys, place, message):
+def test_wrong_address_is_a_one_line_error(
+    bucket, experiment_file, one_device, capsys, place, message
+):
     assert main(arguments(experiment_file, place)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_without_gcsfs_it_is_said_what_to_install(monkeypatch, capsys):
+def test_missing_gcsfs_names_the_install_command(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "gcsfs" else find(name)
@@ -202,7 +202,7 @@ def test_without_gcsfs_it_is_said_what_to_install(monkeypatch, capsys):
     assert re.search(r"pip install .*\[gcs\]'", capsys.readouterr().err)
 
 
-def test_a_sweep_wants_a_folder(capsys):
+def test_sweep_needs_a_folder(capsys):
     sweep = "experiments/sweeps/learning_rate_width.py"
     assert main(["sweep", f"--config={sweep}", "--workdir=gs://runs/sweep"]) == 2
     assert "a folder of this machine" in capsys.readouterr().err

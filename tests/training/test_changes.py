@@ -41,7 +41,7 @@ def run(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def test_a_finished_run_goes_on_as_one_that_had_the_steps_from_the_start(
+def test_finished_run_with_more_steps_equals_an_uninterrupted_one(
     experiment_file, run, tmp_path, capsys
 ):
     longer = PIECE | {"train__steps": 12, "schedule__name": "constant"}
@@ -81,7 +81,7 @@ def rows_read(monkeypatch) -> list[int]:
     return read
 
 
-def test_another_batch_size_goes_on_at_the_first_unseen_row(experiment_file, run, monkeypatch):
+def test_new_batch_size_continues_at_the_first_unseen_row(experiment_file, run, monkeypatch):
     for steps, size, start in ((12, 16, 8 * 8), (16, 24, 8 * 8 + 4 * 16)):
         read = rows_read(monkeypatch)
         changed = PIECE | {"train__steps": steps, "data__batch_size": size}
@@ -110,7 +110,7 @@ def test_first_row_counts_every_row_of_every_size():
         assert first_row(metadata(*changes, now=now)) + step * now == sum(sizes)
 
 
-def test_a_change_moves_back_where_its_checkpoint_is_damaged(experiment_file, run):
+def test_change_moves_back_where_its_checkpoint_is_damaged(experiment_file, run):
     changed = PIECE | {"train__steps": 10, "optimizer__learning_rate": 5e-4}
     for file in (run / "checkpoints" / "8" / "state").rglob("*"):
         if file.is_file():
@@ -137,9 +137,7 @@ def test_a_change_moves_back_where_its_checkpoint_is_damaged(experiment_file, ru
         ({"data__order": "contiguous", "data__batch_size": 16}, "--config.data.order"),
     ],
 )
-def test_what_cannot_change_is_named_and_nothing_is_written(
-    experiment_file, run, capsys, override, named
-):
+def test_fixed_keys_are_named_and_nothing_is_written(experiment_file, run, capsys, override, named):
     before = (run / "run.json").read_text()
     lm(*arguments(experiment_file, run, **PIECE | override), "--change", code=2)
     assert named in capsys.readouterr().err
@@ -153,7 +151,7 @@ def test_evaluation_and_logging_need_no_word(experiment_file, run):
     assert "history" not in run_file(run)
 
 
-def test_a_fork_goes_on_as_the_run_that_it_left(experiment_file, run, tmp_path, capsys):
+def test_fork_continues_like_its_source(experiment_file, run, tmp_path, capsys):
     fork = tmp_path / "fork"
     words = arguments(experiment_file, fork, **PIECE)
     lm(*words, "--fork", f"{run}@4", "--config.train.stop_at=6", code=75)
@@ -173,7 +171,7 @@ def test_a_fork_goes_on_as_the_run_that_it_left(experiment_file, run, tmp_path, 
     assert not (tmp_path / "other").exists()
 
 
-def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path, capsys):
+def test_fork_changes_what_it_names(experiment_file, run, tmp_path, capsys):
     fork = tmp_path / "fork"
     changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
     lm(*arguments(experiment_file, fork, **changed), "--fork", run)
@@ -188,7 +186,7 @@ def test_a_fork_changes_what_it_names(experiment_file, run, tmp_path, capsys):
     assert len(run_file(second)["history"]) == 4
 
 
-def test_a_fork_that_was_cut_begins_again(experiment_file, run, tmp_path, monkeypatch, capsys):
+def test_interrupted_fork_starts_over(experiment_file, run, tmp_path, monkeypatch, capsys):
     fork, words = tmp_path / "fork", arguments(experiment_file, tmp_path / "fork", **PIECE)
     monkeypatch.setattr("lm.runs.changes.upload_changes", lambda: 1 / 0)
     lm(*words, "--fork", f"{run}@4", code=1)
@@ -212,7 +210,7 @@ def test_run_json_as_a_configuration_is_what_was_given(experiment_file, run):
     assert list(losses(run)) == list(range(1, 9))
 
 
-def test_the_report_shows_changes_and_counts_tokens_by_them(experiment_file, run):
+def test_report_shows_changes_and_counts_tokens_by_them(experiment_file, run):
     changed = PIECE | {"train__steps": 10, "data__batch_size": 24}
     lm(*arguments(experiment_file, run, **changed), "--change")
     record = read_run(run, "run")
@@ -224,7 +222,7 @@ def test_the_report_shows_changes_and_counts_tokens_by_them(experiment_file, run
     assert "8 → 24" in page
 
 
-def test_a_fork_needs_its_source_only_once_and_changes_only_at_its_start(
+def test_fork_needs_its_source_only_once_and_changes_only_at_its_start(
     experiment_file, run, tmp_path, capsys
 ):
     fork = tmp_path / "fork"
@@ -242,7 +240,7 @@ def test_a_fork_needs_its_source_only_once_and_changes_only_at_its_start(
 @pytest.mark.parametrize(
     "damage", ["metadata is missing", "metadata of a step alone", "arrays", "a checksum"]
 )
-def test_a_damaged_source_is_named_before_anything_is_written(
+def test_damaged_source_is_named_before_anything_is_written(
     experiment_file, run, tmp_path, capsys, damage
 ):
     checkpoint = run / "checkpoints" / "8"
@@ -267,7 +265,7 @@ def test_a_damaged_source_is_named_before_anything_is_written(
     assert not (tmp_path / "fork").exists()
 
 
-def test_names_that_are_empty_or_no_step(experiment_file, run, tmp_path, capsys):
+def test_empty_names_and_non_steps(experiment_file, run, tmp_path, capsys):
     named = shutil.copytree(run, tmp_path / "x@5")
     lm(*arguments(experiment_file, tmp_path / "fork", **PIECE), "--fork", named)
     for words in (
@@ -282,7 +280,7 @@ def test_names_that_are_empty_or_no_step(experiment_file, run, tmp_path, capsys)
     assert not (tmp_path / "other").exists()
 
 
-def test_a_merged_run_goes_on_where_its_source_was(experiment_file, run, tmp_path):
+def test_merged_run_resumes_where_its_source_was(experiment_file, run, tmp_path):
     changed = PIECE | {"train__steps": 10, "data__batch_size": 16}
     lm(*arguments(experiment_file, run, **changed), "--change")
     lm("merge", "--workdir", run, "--to", tmp_path / "merged")
@@ -293,7 +291,7 @@ def test_a_merged_run_goes_on_where_its_source_was(experiment_file, run, tmp_pat
     assert losses(tmp_path / "merged") == losses(run)
 
 
-def test_the_best_by_another_figure_is_not_compared(experiment_file, run, capsys):
+def test_best_by_another_figure_is_not_compared(experiment_file, run, capsys):
     lm(*arguments(experiment_file, run, **PIECE), "--change", "--config.eval.best=-loss")
     longer = arguments(experiment_file, run, **PIECE | {"train__steps": 10})
     lm(*longer, "--change", "--config.eval.best=-loss")
@@ -301,7 +299,7 @@ def test_the_best_by_another_figure_is_not_compared(experiment_file, run, capsys
     assert "has the best checkpoint by -loss" in capsys.readouterr().err
 
 
-def test_a_source_is_added_at_the_end_of_training_as_if_it_had_been_planned(
+def test_source_is_added_at_the_end_of_training_as_if_it_had_been_planned(
     experiment_file, run, tmp_path, capsys
 ):
     (tmp_path / "better.txt").write_text("".join(f"{i} is even\n" for i in range(0, 900, 2)))

@@ -50,7 +50,7 @@ def restore(checkpoints: Checkpoints) -> tuple[TrainState | None, list[str]]:
     return checkpoints.restore(*shapes(), said.append), said
 
 
-def test_the_newest_state_comes_back_bit_for_bit(tmp_path):
+def test_newest_state_comes_back_bitwise(tmp_path):
     state, said = restore(saved(tmp_path / "c", [1, 2]))
     assert not said
     assert state is not None
@@ -58,12 +58,12 @@ def test_the_newest_state_comes_back_bit_for_bit(tmp_path):
     jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail("dtype"), state, state_at(2))
 
 
-def test_nothing_saved_is_no_state(tmp_path):
+def test_no_checkpoint_gives_no_state(tmp_path):
     assert restore(saved(tmp_path / "c", [])) == (None, [])
 
 
 @pytest.mark.parametrize("damage", ["cut short", "emptied", "bits changed", "file removed"])
-def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage):
+def test_damaged_newest_checkpoint_is_reported_and_the_previous_one_used(tmp_path, damage):
     checkpoints = saved(tmp_path / "c", [1, 2])
     file = biggest_file(tmp_path / "c" / "2" / "state")
     content = bytearray(file.read_bytes())
@@ -87,7 +87,7 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, damage):
     checkpoints.close()
 
 
-def test_a_wrong_checksum_is_damage(tmp_path):
+def test_wrong_checksum_is_damage(tmp_path):
     checkpoints = saved(tmp_path / "c", [1])
     file = next((tmp_path / "c" / "1").rglob("metadata/metadata"))
     metadata = json.loads(file.read_text())
@@ -104,7 +104,7 @@ def test_old_checkpoints_go_except_every_so_many(tmp_path):
     assert kept == {10, 12, 14}
 
 
-def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path, monkeypatch):
+def test_full_disk_is_a_one_line_error_and_older_checkpoints_stay(tmp_path, monkeypatch):
     checkpoints = saved(tmp_path / "c", [1])
 
     def full(*args, **kwargs):

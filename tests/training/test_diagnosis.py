@@ -28,19 +28,19 @@ def test_data_without_targets_end_at_the_first_step(tiny_config, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_gradient_of_zero_ends_at_the_first_step(tiny_config, tmp_path):
+def test_gradient_of_zero_ends_at_the_first_step(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"gradient of the first step is 0.*model\.init_std"):
         train(tiny_config(model__init_std=0.0), tmp_path / "run")
 
 
-def test_a_learning_rate_of_zero_ends_at_the_first_step():
+def test_learning_rate_of_zero_ends_at_the_first_step():
     values = {"target_tokens": 8.0, "grad_norm": 1.0, "learning_rate": 0.0}
     with pytest.raises(UserError, match=r"learning rate of the first step is 0.*lm eval"):
         require_learning(values, None, None, None)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_steps_without_a_rate_and_batches_beyond_the_corpus_are_said(tiny_config, tmp_path):
+def test_zero_rate_steps_and_oversized_batches_are_reported(tiny_config, tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be\n" * 9)
     config = tiny_config(
         data__source=f"text:{tmp_path}/text.txt",
@@ -82,7 +82,7 @@ def test_labels_that_do_not_fit_the_outputs(make_kind, labels, n_classes, proble
         *("optimizer.muon.adam_ratio", "schedule.step_factor"),
     ],
 )
-def test_a_divisor_or_factor_of_zero_is_out_of_range(tiny_config, path):
+def test_divisor_or_factor_of_zero_is_out_of_range(tiny_config, path):
     config = tiny_config()
     validate(config)
     set_value(config, path, 0.0)
@@ -102,7 +102,7 @@ def test_a_divisor_or_factor_of_zero_is_out_of_range(tiny_config, path):
         (7, jnp.nan, 0.1, 0.1, BAD, r"such as weights, .*config\.optimizer"),
     ],
 )
-def test_the_learning_rate_is_named_only_where_it_may_be_the_cause(
+def test_learning_rate_is_named_only_where_it_may_be_the_cause(
     step, loss, rate, decay, params, expected
 ):
     values = {"loss": loss, "learning_rate": rate}

@@ -95,7 +95,7 @@ def test_adaptation_trains_its_own_parameters_only(adapted, source):
     assert all("lora" in path for path in moments)
 
 
-def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
+def test_adapted_run_continues_bitwise(adapted, tmp_path):
     shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
     train(load_run_config(tmp_path, {}), tmp_path)
@@ -104,7 +104,7 @@ def test_an_adapted_run_goes_on_bit_for_bit(adapted, tmp_path):
     assert losses(tmp_path) == losses(adapted)
 
 
-def test_a_base_in_8_bits_learns_alike_and_goes_on_bit_for_bit(adapted, tune, source, tmp_path):
+def test_int8_base_learns_similarly_and_resumes_bitwise(adapted, tune, source, tmp_path):
     run = tune(tmp_path / "run", lora__base="int8", **LORA)
     expected = losses(adapted)
     np.testing.assert_allclose(list(losses(run).values()), list(expected.values()), rtol=5e-3)
@@ -156,7 +156,7 @@ def assert_merged_loss(adapted: Path, merged: Path):
     assert abs(unadapted - expected) > 1e-3
 
 
-def test_a_merged_run_is_whole(adapted, tune, tmp_path):
+def test_merged_run_is_whole(adapted, tune, tmp_path):
     """It is finished, has the curves of its source, and is not written twice."""
     merged = tmp_path / "merged"
     merge_run(adapted, merged, 2, {}, print)
@@ -172,7 +172,7 @@ def test_a_merged_run_is_whole(adapted, tune, tmp_path):
         merge_run(adapted, merged, 1, {}, print)
 
 
-def test_the_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
+def test_runs_own_checkpoint_wins(adapted, tmp_path, monkeypatch):
     shutil.copytree(adapted, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(warm_start, "initial_state", None)  # nothing is asked of it
     assert train(load_run_config(tmp_path, {}), tmp_path)
@@ -184,7 +184,7 @@ def test_another_model_cannot_take_the_parameters(source):
         restore_params(experiment, source, pytest.fail)
 
 
-def test_a_run_that_would_train_nothing_or_names_what_is_not_there(tune, tmp_path):
+def test_run_without_trainable_parameters_or_with_unknown_names(tune, tmp_path):
     with pytest.raises(UserError, match="leaves no parameter to train"):
         tune(tmp_path / "a", optimizer__freeze=".")
     with pytest.raises(UserError, match="'layers/2/' matches no parameter"):

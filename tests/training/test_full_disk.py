@@ -23,7 +23,7 @@ LIMITED += "sys.exit(main(sys.argv[2:]))"
 
 
 @pytest.mark.parametrize(("every", "limit"), [(0, 9_000), (6, 40_000)])
-def test_metrics_and_checkpoints_that_cannot_be_written_are_one_line(
+def test_metrics_and_checkpoints_that_cannot_be_written_are_one_line_errors(
     experiment_file, undisturbed, tmp_path, one_device, every, limit
 ):
     words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=every)
@@ -62,7 +62,7 @@ class Broken:
         self.taken.append("closed")
 
 
-def test_a_tracker_that_fails_is_said_once(capsys):
+def test_failing_tracker_is_reported_once(capsys):
     broken = Broken(3)
     tracker = BackgroundTracker("Mine", lambda: broken)
     for step in range(1, 9):
@@ -75,7 +75,7 @@ def test_a_tracker_that_fails_is_said_once(capsys):
 
 
 @pytest.mark.parametrize("rows", [2, 1000])
-def test_a_tracker_that_hangs_is_said_once(monkeypatch, capsys, rows):
+def test_hanging_tracker_is_reported_once(monkeypatch, capsys, rows):
     monkeypatch.setattr(trackers, "_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(trackers, "_WAITING_ROWS", 100)
     release = threading.Event()
@@ -90,7 +90,7 @@ def test_a_tracker_that_hangs_is_said_once(monkeypatch, capsys, rows):
     release.set()
 
 
-def test_a_tracker_that_cannot_be_opened_is_said(capsys, tmp_path):
+def test_unopenable_tracker_is_reported(capsys, tmp_path):
     (tmp_path / "tensorboard").write_text("a file")
     tracker = BackgroundTracker("TensorBoard", lambda: TensorBoard(tmp_path / "tensorboard", 0))
     tracker.write(1, {"loss": 1.0})

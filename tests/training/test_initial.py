@@ -44,14 +44,14 @@ def test_names_that_agree_are_loaded():
     assert not found.left
 
 
-def test_what_is_new_and_what_is_unused_must_be_named():
+def test_new_and_unused_parameters_must_be_named():
     found = plan(MODEL, SOURCE, fresh="^head", leave="mlm/")
     assert found.loaded.keys() == MODEL.keys() & SOURCE.keys()
     assert found.fresh == ["head/kernel"]
     assert found.left == ["mlm/bias"]
 
 
-def test_logits_of_qk_clip_are_neither_loaded_nor_missed():
+def test_qk_clip_logits_are_ignored():
     """A run with QK-clip starts from one without, and the other way round."""
     clipped = SOURCE | {f"{MODEL_STATE}/stack/layers/attention/{LARGEST}": (2, 4)}
     for params, source in ((SOURCE, clipped), (clipped, SOURCE), (clipped, clipped)):
@@ -60,7 +60,7 @@ def test_logits_of_qk_clip_are_neither_loaded_nor_missed():
         assert found.left == []
 
 
-def test_what_is_named_fresh_is_fresh_though_it_is_there():
+def test_fresh_parameters_are_fresh_even_if_the_source_has_them():
     found = plan(SOURCE, SOURCE, fresh="mlm,tokens")
     assert found.loaded.keys() == {"stack/layers/in/kernel"}
     assert found.fresh == found.left == ["tokens/embedding", "mlm/bias"]
@@ -109,7 +109,7 @@ MANY = {f"block_{i}/bias": (1,) for i in range(8)}
         (SOURCE, SOURCE, {"rename": ".*=>x"}, "gives two parameters the name x"),
     ],
 )
-def test_what_is_refused(params, source, values, words):
+def test_invalid_input_is_rejected(params, source, values, words):
     with pytest.raises(UserError, match=words):
         plan(params, source, **values)
 
@@ -153,7 +153,7 @@ def test_without_a_source_everything_is_fresh(make_experiment):
     jax.tree.map(np.testing.assert_array_equal, state, experiment.init_state())
 
 
-def test_parameters_are_those_of_the_source_and_nothing_else_is(make_experiment, tmp_path):
+def test_parameters_match_the_source_and_nothing_else_is(make_experiment, tmp_path):
     theirs = save(make_experiment(), tmp_path)
     head = {"model__tie_embeddings": False, "init__fresh": "head"}
     experiment = make_experiment(8, parallel__mesh__fsdp=2, parallel__mesh__tensor=2,
@@ -176,7 +176,7 @@ def test_parameters_are_those_of_the_source_and_nothing_else_is(make_experiment,
     assert "step 2" in said
 
 
-def test_the_source_may_be_an_average_or_one_checkpoint(make_experiment, tmp_path):
+def test_source_may_be_an_average_or_one_checkpoint(make_experiment, tmp_path):
     save(make_experiment(), tmp_path)
 
     def embedding(**changes):
@@ -189,7 +189,7 @@ def test_the_source_may_be_an_average_or_one_checkpoint(make_experiment, tmp_pat
     np.testing.assert_allclose(mean, (first + last) / 2, rtol=1e-6)
 
 
-def test_a_table_of_another_tokenizers_tokens_is_refused(make_experiment, tmp_path):
+def test_table_of_another_tokenizers_tokens_is_rejected(make_experiment, tmp_path):
     save(make_experiment(), tmp_path)
     with pytest.raises(UserError, match="tokens/embedding would mix up tokens"):
         start(make_experiment(init__from=str(tmp_path)), "ours")

@@ -72,7 +72,7 @@ def test_words_of_the_file_get_their_vectors(start, family):
         assert fresh[path].tobytes() == params[path].tobytes(), path
 
 
-def test_the_table_lies_where_the_mesh_puts_it(start):
+def test_embedding_table_is_sharded_by_the_mesh(start):
     _, params, *_ = start(8, parallel__preset="fsdp", model__vocab_size=16)
     _, alone, *_ = start(1, model__vocab_size=16)
     np.testing.assert_array_equal(params[TOKENS], alone[TOKENS])
@@ -85,7 +85,7 @@ def test_pieces_of_other_vocabularies_are_looked_up_too(start, tmp_path):
     assert (params[TOKENS][tokenizer.token_id("f")] == 2).all()
 
 
-def test_another_width_is_said(start):
+def test_different_width_is_reported(start):
     with pytest.raises(UserError, match=r"has vectors of dimension 8: set --config\.model"):
         start(model__d_model=16)
     with pytest.raises(UserError, match=r"no file matches .none\.txt"):

@@ -59,7 +59,7 @@ def test_metrics_of_steps_after_the_checkpoint_and_half_lines_are_dropped(tmp_pa
     ]
 
 
-def test_the_clock_adds_up_over_restarts(tmp_path):
+def test_clock_adds_up_over_restarts(tmp_path):
     clock = Clock(tmp_path / "clock.json", 0)
     with clock.part("step"):
         time.sleep(0.05)
@@ -78,7 +78,7 @@ def test_the_clock_adds_up_over_restarts(tmp_path):
     assert summary["goodput"] == pytest.approx(share * 15 / 20)
 
 
-def test_a_signal_asks_and_the_old_handlers_come_back():
+def test_signal_requests_a_stop_and_old_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with stop_requests() as stop:
         assert not stop
@@ -100,7 +100,7 @@ EXPLODE = {
 }
 
 
-def test_a_loss_that_explodes_halts_with_a_state_and_can_go_on(
+def test_nonfinite_loss_halts_with_a_saved_state_and_can_resume(
     experiment_file, tmp_path, capsys, one_device
 ):
     words = arguments(experiment_file, tmp_path / "run", **EXPLODE)
@@ -143,7 +143,7 @@ damaged = st.one_of(
 
 
 @given(damaged, st.integers(0, 90), st.integers(0, 90))
-def test_any_damage_to_clock_and_metrics_is_a_line_and_the_run_goes_on(
+def test_any_damage_to_clock_and_metrics_is_a_line_and_the_run_continues(
     tmp_path_factory, content, start, length
 ):
     folder = tmp_path_factory.mktemp("damage")
@@ -156,7 +156,7 @@ def test_any_damage_to_clock_and_metrics_is_a_line_and_the_run_goes_on(
     assert Clock(folder / "clock.json", 8).summary(8)["starts"] == 1
 
 
-def test_a_lost_middle_of_the_metrics_is_named_and_the_file_kept(tmp_path, capsys):
+def test_lost_middle_of_the_metrics_is_named_and_the_file_kept(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     rows = [f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1, 9)]
     file.write_text("".join([*rows[:2], "\0\0\0\n", *rows[5:]]))
@@ -172,7 +172,7 @@ starts = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), max_size=5)
 
 
 @given(starts, st.sets(st.integers(1, 45), max_size=3))
-def test_only_metrics_that_were_logged_can_miss(tmp_path_factory, starts, lost):
+def test_only_logged_metrics_count_as_missing(tmp_path_factory, starts, lost):
     folder = tmp_path_factory.mktemp("metrics")
     step, logged = 0, []
     for period, n in starts:
@@ -188,7 +188,7 @@ def test_only_metrics_that_were_logged_can_miss(tmp_path_factory, starts, lost):
     assert ("no metrics of steps" in said.getvalue()) == any(i in lost for i in logged)
 
 
-def test_a_line_that_goes_back_is_damage(tmp_path, capsys):
+def test_line_with_a_smaller_step_is_damage(tmp_path, capsys):
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3, 2, 4)))
     MetricsFile(file, 4).close()
@@ -196,7 +196,7 @@ def test_a_line_that_goes_back_is_damage(tmp_path, capsys):
     assert "(line 4)" in capsys.readouterr().err
 
 
-def test_a_step_that_fails_ends_the_thread_that_prepares_batches(
+def test_step_that_fails_ends_the_thread_that_prepares_batches(
     tiny_config, one_device, tmp_path, monkeypatch
 ):
     """A process waits for that thread, and its traceback keeps the loop."""

@@ -89,7 +89,7 @@ def counts_of(arrays):
     return np.bincount(arrays["inputs"].ravel(), minlength=VOCAB)
 
 
-def test_it_starts_fresh_and_follows_the_batches(make):
+def test_state_starts_fresh_and_follows_the_batches(make):
     experiment = make()
     state = experiment.init_state()
     assert {path: leaf.shape for path, leaf in flat(state.model_state).items()} == {
@@ -104,7 +104,7 @@ def test_it_starts_fresh_and_follows_the_batches(make):
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_it_is_equal_to_the_bit_on_any_mesh(make, microbatches):
+def test_result_is_bitwise_equal_on_any_mesh(make, microbatches):
     arrays, found = batch(steps=3), []
     for mesh in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
         experiment = make(mesh, train__microbatches=microbatches)
@@ -115,7 +115,7 @@ def test_it_is_equal_to_the_bit_on_any_mesh(make, microbatches):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-def test_microbatches_follow_one_another(make):
+def test_microbatches_run_in_order(make):
     """Row r is in microbatch r mod n; each starts from what the one before it left."""
     arrays, n = batch(), 4
     experiment = make(train__microbatches=n)
@@ -127,7 +127,7 @@ def test_microbatches_follow_one_another(make):
     np.testing.assert_array_equal(state.model_state["counting"]["counts"], counts_of(arrays))
 
 
-def test_a_skipped_step_leaves_it(make):
+def test_skipped_step_leaves_the_state_unchanged(make):
     experiment, arrays = make(), batch()
     state, _ = experiment.train_steps(experiment.init_state(), arrays)
     before = jax.device_get(state.model_state)
@@ -137,7 +137,7 @@ def test_a_skipped_step_leaves_it(make):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.model_state), before)
 
 
-def test_evaluation_uses_it_and_leaves_it(make):
+def test_evaluation_uses_model_state_without_changing_it(make):
     experiment, arrays = make(), batch(steps=2)
     state, _ = experiment.train_steps(experiment.init_state(), arrays)
     params = state.inference_params
@@ -152,7 +152,7 @@ def test_evaluation_uses_it_and_leaves_it(make):
     assert logits.shape == (ROWS, LENGTH, VOCAB)
 
 
-def test_a_run_continues_with_it(make, tmp_path):
+def test_run_continues_with_it(make, tmp_path):
     experiment, arrays = make(), batch(steps=4)
     first, second = ({k: v[i : i + 2] for k, v in arrays.items()} for i in (0, 2))
     state, _ = experiment.train_steps(experiment.init_state(), first)
@@ -178,7 +178,7 @@ def test_a_run_continues_with_it(make, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(continued), jax.device_get(whole))
 
 
-def test_a_pipeline_refuses_it(make):
+def test_pipeline_rejects_it(make):
     with pytest.raises(UserError, match=r"parallel\.mesh\.stage=2: a pipeline cannot update model"):
         make({"stage": 2}, model__n_layers=2)
 

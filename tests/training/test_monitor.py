@@ -16,7 +16,7 @@ from lm.runs.incidents import report_stall
 from lm.training.monitor import watchdog
 
 
-def test_silence_ends_the_process_and_says_since_when(tmp_path, capsys):
+def test_stall_ends_the_process_and_reports_its_start(tmp_path, capsys):
     ends: list[int] = []
     with watchdog(0.2, tmp_path, ends.append) as beat:
         beat("step 12")
@@ -30,9 +30,7 @@ def test_silence_ends_the_process_and_says_since_when(tmp_path, capsys):
     assert "time.sleep(1.0)" in incident["stacks"]
 
 
-def test_the_stacks_of_a_stall_are_printed_where_they_cannot_be_written(
-    tmp_path, capsys, monkeypatch
-):
+def test_stacks_of_a_stall_are_printed_where_they_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lm.runs.incidents.SECONDS_TO_WRITE", 0.1)
     report_stall(tmp_path / "is not there", "nothing happened")
     stacks, error = capsys.readouterr().err.rsplit("error: ", 1)
@@ -40,7 +38,7 @@ def test_the_stacks_of_a_stall_are_printed_where_they_cannot_be_written(
     assert error.startswith("nothing happened: a peer")
 
 
-def test_beats_keep_it_quiet_and_zero_watches_nothing(tmp_path, capsys):
+def test_heartbeats_prevent_a_stall_and_zero_disables_the_watchdog(tmp_path, capsys):
     ends: list[int] = []
     with watchdog(0.4, tmp_path, ends.append) as beat:
         for step in range(10):

@@ -53,14 +53,14 @@ def test_dispatches_with_these_steps_are_traced(tracer, tmp_path, steps, traced)
         assert "were not run" in lines[0]
 
 
-def test_a_run_that_stops_early_ends_its_trace(tracer, tmp_path):
+def test_run_that_stops_early_ends_its_trace(tracer, tmp_path):
     loop = SimpleNamespace(state=None, dispatches=[range(1), range(1, 2)])
     with profile(loop, "0:2", tmp_path, print):
         next(loop.dispatches)
     assert tracer == ["start", "stop"]
 
 
-def test_a_run_writes_trace_and_memory(experiment_file, tmp_path, one_device):
+def test_run_writes_trace_and_memory(experiment_file, tmp_path, one_device):
     run = tmp_path / "run"
     few = {"train__steps": 4, "train__profile": "1:2", "train__steps_per_dispatch": 1}
     assert main(arguments(experiment_file, run, **few)) == 0
@@ -85,7 +85,7 @@ def test_each_of_two_processes_has_a_trace_of_its_own(experiment_file, tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["5", "5:0", ":5", "a:b", "-1:2", "1:2:3", "1.5:2"])
-def test_a_wrong_range_is_named(experiment_file, spec):
+def test_wrong_range_is_named(experiment_file, spec):
     with pytest.raises(UserError, match=re.escape(f"train.profile={spec}: expected START:STEPS")):
         load_config(str(experiment_file), {"train.profile": spec})
 

@@ -32,7 +32,7 @@ def saved():
 
 
 @pytest.mark.usefixtures("one_device")
-def test_the_reference_is_what_training_starts_from_and_under_lora_the_base(
+def test_reference_is_what_training_starts_from_and_under_lora_the_base(
     make_kind, tmp_path, capsys, saved
 ):
     """Losses begin at log 2; what is evaluated and generated later is as in training."""

@@ -12,7 +12,7 @@ from commands import arguments, evaluations, finish, losses, start, together, wa
 from lm.cli import main
 
 
-def test_kill_9_anywhere_changes_no_bit(experiment_file, undisturbed, tmp_path):
+def test_sigkill_anywhere_resumes_bitwise(experiment_file, undisturbed, tmp_path):
     chance = random.Random(0)
     words = arguments(experiment_file, tmp_path / "run")
     last_kill = 0
@@ -86,7 +86,7 @@ def test_resume_on_another_mesh_and_on_two_processes(experiment_file, undisturbe
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 
 
-def test_a_finished_run_is_left_alone(experiment_file, undisturbed):
+def test_finished_run_is_left_alone(experiment_file, undisturbed):
     before = (undisturbed / "metrics.jsonl").read_text()
     finish(start(arguments(experiment_file, undisturbed)))
     assert (undisturbed / "metrics.jsonl").read_text() == before
@@ -106,7 +106,7 @@ def test_processes_that_disagree_end_with_the_difference(experiment_file, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_fails_alone_ends_the_others_with_a_line(experiment_file, tmp_path):
+def test_process_that_fails_alone_ends_the_others_with_a_line(experiment_file, tmp_path):
     processes = together(
         arguments(experiment_file, tmp_path / "run"),
         arguments(experiment_file, tmp_path / "run", seed="none"),
@@ -117,7 +117,7 @@ def test_a_process_that_fails_alone_ends_the_others_with_a_line(experiment_file,
     assert "another process of the run has ended" in outputs[0]
 
 
-def test_a_run_without_a_readable_checkpoint_never_starts_at_0_by_itself(
+def test_run_without_a_readable_checkpoint_never_starts_at_0_by_itself(
     experiment_file, tmp_path, one_device, capsys
 ):
     run = tmp_path / "run"
@@ -142,7 +142,7 @@ def test_a_run_without_a_readable_checkpoint_never_starts_at_0_by_itself(
     assert list(losses(run)) == list(range(1, 9))
 
 
-def test_a_start_that_failed_before_its_first_step_leaves_no_run(
+def test_start_that_failed_before_its_first_step_leaves_no_run(
     experiment_file, tmp_path, one_device
 ):
     run = tmp_path / "run"

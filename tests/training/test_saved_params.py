@@ -64,7 +64,7 @@ def damage(run: Path, step: int) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_the_newest_parameters_come_back_bit_for_bit(tmp_path):
+def test_newest_parameters_come_back_bitwise(tmp_path):
     found, steps, said = read(save(tmp_path, [9, 10]))
     assert (steps, said) == ([10], [])
     assert found.keys() == SHAPES.keys()
@@ -77,7 +77,7 @@ def test_only_what_is_named_is_read(tmp_path):
     assert found.keys() == {"head/kernel"}
 
 
-def test_they_are_laid_out_on_any_mesh(tmp_path):
+def test_parameters_are_sharded_on_any_mesh(tmp_path):
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("a", "b"))
     sharding = NamedSharding(mesh, PartitionSpec("a", "b"))
     found, _, _ = read(save(tmp_path, [1, 2]), n=2, shardings={"head/kernel": sharding})
@@ -87,7 +87,7 @@ def test_they_are_laid_out_on_any_mesh(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", "checkpoints/7"])
-def test_an_average_is_the_mean_of_the_last(tmp_path, source):
+def test_average_is_the_mean_of_the_last(tmp_path, source):
     """Of a run, or up to one of its checkpoints."""
     found, steps, _ = read(save(tmp_path, [2, 5, 7, 11]) / source, n=3)
     assert steps == ([11, 7, 5] if source == "" else [7, 5, 2])
@@ -103,7 +103,7 @@ def test_too_few_to_average_says_what_to_keep(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["state", "metadata", "checksum"])
-def test_a_damaged_one_is_reported_and_left_where_it_is(tmp_path, kind):
+def test_damaged_checkpoint_is_reported_and_left_in_place(tmp_path, kind):
     save(tmp_path, [1, 2, 3])
     if kind == "state":
         damage(tmp_path, 3)
@@ -121,7 +121,7 @@ def test_a_damaged_one_is_reported_and_left_where_it_is(tmp_path, kind):
     assert contents(tmp_path) == before
 
 
-def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
+def test_checkpoint_that_is_being_written_is_left_alone(tmp_path):
     save(tmp_path, [1])
     unfinished = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp" / "state"
     unfinished.mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", "nothing", "checkpoints", "checkpoints/4"])
-def test_where_there_is_no_checkpoint(tmp_path, source):
+def test_no_checkpoint(tmp_path, source):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoint in"):
         read(tmp_path / source)
@@ -153,7 +153,7 @@ def test_adapted_kernels_are_merged_before_they_are_averaged(tmp_path):
     )
 
 
-def test_heads_of_the_model_or_the_run_alone_can_be_left_out(tmp_path):
+def test_heads_of_the_model_or_the_run_alone_can_be_skipped(tmp_path):
     """Parameters of layers, model state, and those of a module that both have, never are."""
     state = {"model_state/stack/router_bias": (2, 4)}
     source = save(tmp_path, [1], SHAPES | state | {"pooler/kernel": (4, 4)})

@@ -65,7 +65,7 @@ def wait_for_bytes(file: Path, n: int) -> None:
         time.sleep(0.05)
 
 
-def test_before_the_first_step_it_ends_at_once(slow_file, tmp_path):
+def test_stop_before_the_first_step_exits_at_once(slow_file, tmp_path):
     process = start(arguments(slow_file, tmp_path / "run"))
     wait_for_bytes(tmp_path / "waits", 1)
     began = time.monotonic()
@@ -86,7 +86,7 @@ def test_before_the_first_step_one_signal_ends_all_processes(slow_file, tmp_path
     assert time.monotonic() - began < 10
 
 
-def test_an_evaluation_is_dropped_and_made_up_for(
+def test_evaluation_is_dropped_and_made_up_for(
     experiment_file, undisturbed, tmp_path, one_device, monkeypatch
 ):
     run, whole = tmp_path / "run", lm.training.results.evaluate_loss
@@ -120,7 +120,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_an_evaluation_that_compiles_is_dropped_too(experiment_file, tmp_path, processes):
+def test_evaluation_that_compiles_is_dropped_too(experiment_file, tmp_path, processes):
     words = arguments(experiment_file, tmp_path / "run", checkpoint__every_steps=0)
     begin = [sys.executable, "-c", COMPILES_FOR_A_MINUTE]
     run = together(*[words] * processes, processes=processes, begin=begin)
@@ -135,7 +135,7 @@ def test_an_evaluation_that_compiles_is_dropped_too(experiment_file, tmp_path, p
 
 
 @pytest.mark.parametrize("step", [40, 60])
-def test_a_start_makes_up_for_an_evaluation_that_a_kill_cut(
+def test_restart_repeats_an_interrupted_evaluation(
     experiment_file, undisturbed, tmp_path, one_device, step
 ):
     run = tmp_path / "run"
@@ -153,7 +153,7 @@ def test_a_start_makes_up_for_an_evaluation_that_a_kill_cut(
         assert evaluations(run) == evaluations(undisturbed)
 
 
-def test_a_second_signal_ends_at_once_but_not_what_a_launcher_passes_on(monkeypatch):
+def test_second_signal_ends_at_once_but_not_what_a_launcher_passes_on(monkeypatch):
     codes = []
     monkeypatch.setattr(stop_signals, "_end", lambda code, line: codes.append(code))
     monkeypatch.setattr(stop_signals, "_ONE_REQUEST_SECONDS", 0.3)

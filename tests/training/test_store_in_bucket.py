@@ -97,7 +97,7 @@ def flip(place, name, byte):
     fs.pipe_file(f"{path}/{name}", bytes(content))
 
 
-def test_a_flipped_bit_is_named_and_a_damaged_local_piece_is_fetched_again(
+def test_flipped_bit_is_named_and_a_damaged_local_piece_is_fetched_again(
     bucket, open_cached, tmp_path
 ):
     store = open_cached(f"{bucket}/c").train[0]
@@ -155,7 +155,7 @@ def test_processes_build_a_store_in_the_bucket_together(bucket, open_cached, tmp
     np.testing.assert_array_equal(found.train[0].tokens, expected.train[0].tokens)
 
 
-def test_a_corpus_in_the_bucket_gives_the_same_tokens(bucket, open_cached, tmp_path):
+def test_corpus_in_the_bucket_gives_the_same_tokens(bucket, open_cached, tmp_path):
     expected = open_cached(tmp_path / "whole", 0)
     fs, _ = fsspec.core.url_to_fs(bucket)
     for path in (tmp_path / "corpus").iterdir():
@@ -169,6 +169,6 @@ def test_a_corpus_in_the_bucket_gives_the_same_tokens(bucket, open_cached, tmp_p
             assert ours.manifest.source_digest == theirs.manifest.source_digest
 
 
-def test_a_bucket_that_is_not_there_is_a_line(bucket, open_cached):
+def test_bucket_that_is_not_there_is_a_one_line_error(bucket, open_cached):
     with pytest.raises(UserError, match="gs://no-such-bucket"):
         open_cached("gs://no-such-bucket/x")

@@ -48,7 +48,7 @@ def start(name, workdir, first, rows):
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-def test_metrics_of_two_starts_are_one_run_without_a_word(name, tmp_path, monkeypatch):
+def test_metrics_of_two_starts_are_merged_silently(name, tmp_path, monkeypatch):
     pytest.importorskip(name)
     workdir = tmp_path / "my run"
     workdir.mkdir()
@@ -96,14 +96,14 @@ READ = {"wandb": read_wandb, "mlflow": read_mlflow, "trackio": read_trackio}
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-def test_a_package_that_is_missing_is_one_line(name, tmp_path, monkeypatch, capsys):
+def test_package_that_is_missing_is_a_one_line_error(name, tmp_path, monkeypatch, capsys):
     for module in (name, "mlflow.entities"):
         monkeypatch.setitem(sys.modules, module, None)
     assert f"{name} failed (it needs the package `{name}" in lines_of(name, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
-def test_a_tracker_that_raises_is_one_line(name, tmp_path, monkeypatch, capsys):
+def test_tracker_that_raises_is_a_one_line_error(name, tmp_path, monkeypatch, capsys):
     def raises(module):
         raise RuntimeError("no network")
 

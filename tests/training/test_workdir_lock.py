@@ -30,7 +30,9 @@ def held(tmp_path):
         process.kill()
 
 
-def test_a_second_run_is_one_line_and_writes_nothing(held, experiment_file, one_device, capsys):
+def test_second_run_is_a_one_line_error_and_writes_nothing(
+    held, experiment_file, one_device, capsys
+):
     run, process = held
     words = arguments(experiment_file, run, train__steps=2)
     assert main(words) == 2
@@ -51,7 +53,7 @@ def test_all_processes_of_a_second_run_end(held, experiment_file):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys, code):
+def test_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys, code):
     def flock(*args):
         raise OSError(code, os.strerror(code))
 
@@ -61,7 +63,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
             assert "the file system has no locks" in capsys.readouterr().err
 
 
-def test_a_start_that_failed_leaves_no_folder_and_a_run_its_own(tmp_path):
+def test_failed_start_leaves_no_folder_but_keeps_a_runs_folder(tmp_path):
     with run_lock(tmp_path / "failed"):
         pass
     assert not (tmp_path / "failed").exists()

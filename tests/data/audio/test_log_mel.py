@@ -17,7 +17,7 @@ RECORDINGS = {
 
 
 @pytest.mark.parametrize("n_mels", [80, 128])
-def test_features_are_those_of_whisper(n_mels):
+def test_features_match_whisper(n_mels):
     theirs = WhisperFeatureExtractor(feature_size=n_mels, chunk_length=2)
     assert np.abs(mel_filters(n_mels) - theirs.mel_filters).max() < 1e-12
     for name, samples in RECORDINGS.items():

@@ -28,7 +28,7 @@ def make_store(make_data, tmp_path):
     return make
 
 
-def test_a_store_holds_features_and_tokens(spoken, make_store):
+def test_store_holds_features_and_tokens(spoken, make_store):
     store = make_store()
     assert [record.raw["target"] for record in store] == TEXTS
     for record in store:
@@ -92,7 +92,7 @@ def test_forms_of_a_source(spoken, make_store, tmp_path):
     assert texts("audio:libri") == expected
 
 
-def test_a_store_depends_on_the_contents_of_recordings(spoken, make_data, make_store):
+def test_store_depends_on_the_contents_of_recordings(spoken, make_data, make_store):
     def digest(**changes):
         data = make_data(sequence_length=25, **changes)
         return open_records("audio:spoken/a.jsonl", data, "train", COLUMNS).digest

@@ -75,7 +75,7 @@ WHOLE = {
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(sorted(WHOLE)), st.floats(0, 1, exclude_max=True))
-def test_a_cut_file_is_refused(tmp_path_factory, name, part):
+def test_truncated_file_is_rejected(tmp_path_factory, name, part):
     path = tmp_path_factory.mktemp("a") / "a"
     path.write_bytes(WHOLE[name][: int(part * len(WHOLE[name]))])
     with pytest.raises(BadRow, match=f"^{path}: (cut|not? |longer)"):
@@ -87,14 +87,14 @@ HEADERS = st.sampled_from([content[:40] for content in WHOLE.values()])
 
 @settings(deadline=None, max_examples=60)
 @given(st.binary(max_size=400) | st.tuples(HEADERS, st.binary(max_size=200)).map(b"".join))
-def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
+def test_any_bytes_are_read_or_rejected(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("a") / "a"
     path.write_bytes(content)
     with contextlib.suppress(BadRow):
         assert np.isfinite(read_waveform(path, 10)).all()
 
 
-def test_what_is_no_recording_is_refused(tmp_path):
+def test_non_recording_is_rejected(tmp_path):
     path = tmp_path / "a.wav"
 
     def problem(content: bytes) -> str:
@@ -117,7 +117,7 @@ def test_what_is_no_recording_is_refused(tmp_path):
         read_waveform(tmp_path, 1)
 
 
-def test_a_stream_of_unknown_length_is_read_whole(tmp_path):
+def test_stream_of_unknown_length_is_read_whole(tmp_path):
     """Programs that write into a pipe leave the sizes in the header at their maximum."""
     content = bytearray(WHOLE["WAV PCM_16"])
     at = content.index(b"data") + 4

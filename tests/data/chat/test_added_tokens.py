@@ -74,7 +74,7 @@ def test_any_tokenizer_gets_the_tokens_of_the_shipped_template(kind, tmp_path):
     assert template.encode(CHAT).ids.tolist().count(start) == 6
 
 
-def test_a_template_file_is_kept_and_what_it_cannot_be_is_one_line(tmp_path, capsys):
+def test_template_file_is_kept_and_invalid_ones_are_one_line_errors(tmp_path, capsys):
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}<|im_end|>{{ m.content }}{% endfor %}")
     tokenizer = extended(ByteTokenizer(), settings(template=str(file)))

@@ -148,7 +148,7 @@ def alternating(messages):
 @pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(messages=MESSAGES, prompt=st.booleans())
-def test_ids_are_those_of_transformers_and_no_message_makes_a_token(pairs, name, messages, prompt):
+def test_ids_match_transformers_and_no_message_makes_a_token(pairs, name, messages, prompt):
     template, theirs = pairs[name]
     if name == "instructions":
         messages = alternating(messages)
@@ -188,7 +188,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1, "b":
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_spans_are_those_of_generation_marks_with_and_without_them(pairs, case):
+def test_spans_match_generation_marks_with_and_without_them(pairs, case):
     template, theirs = pairs["reasoning"]
     ids, mask = reference(theirs, ODD[case], mask=True)
     found = template.encode(ODD[case])
@@ -240,7 +240,7 @@ def test_tools_and_calls_are_json_in_which_no_text_is_a_token(pairs):
 
 @pytest.mark.parametrize("name", ["trimmed", "instructions", "first"])
 @pytest.mark.parametrize("begun", ["Hel", " Hello \n", "<think>"])
-def test_an_answer_that_was_begun_goes_on(pairs, name, begun):
+def test_started_answer_is_continued(pairs, name, begun):
     template, theirs = pairs[name]
     chat = turns("Hi", begun)
     found = template.encode(chat, continue_final_message=True)
@@ -292,7 +292,7 @@ WHOLE = st.lists(
 @pytest.mark.parametrize("base", ["bpe", "pieces", "bytes", "words"])
 @settings(max_examples=60, deadline=None)
 @given(contents=st.lists(WHOLE, min_size=2, max_size=4))
-def test_all_that_an_assistant_says_is_target_message_without_holes(pairs, base, contents):
+def test_targets_cover_all_assistant_text_without_gaps(pairs, base, contents):
     template, before, after = {
         "bpe": (pairs["instructions"][0], " ", "</s>"),
         "pieces": (ChatTemplate(PIECES, {"default": INSTRUCTIONS}), " ", ""),  # decodes no </s>
@@ -323,7 +323,7 @@ def test_characters_of_several_tokens_are_where_they_are(text):
     assert np.all(np.diff(_located(PIECES, text, ids).starts) >= 0)
 
 
-def test_what_is_refused(pairs):
+def test_invalid_input_is_rejected(pairs):
     template, _ = pairs["instructions"]
     for chat, problem in (
         ([], "no message"),
@@ -352,7 +352,7 @@ def test_turns_that_words_mark_are_known():
     assert bytes(found.ids[found.assistant].tolist()) == b"Hello"
 
 
-def test_the_last_turn_ends_with_all_that_ends_the_conversation(pairs):
+def test_last_turn_ends_with_all_that_ends_the_conversation(pairs):
     """As Phi 3, whose conversations end with a token of their own."""
     source = "{% for m in messages %}<|head|>{{ m.role + m.content }}<|end|>{% endfor %}</s>"
     template = ChatTemplate(pairs["trimmed"][0].tokenizer, {"default": source})

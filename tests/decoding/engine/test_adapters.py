@@ -85,7 +85,7 @@ def test_rows_of_one_batch_have_adapters_of_their_own(runs):
     assert replies(engine, ["all", "", "attention"], seed=1) == [adapted[1], base, adapted[0]]
 
 
-def test_vectors_are_those_of_the_adapter(runs):
+def test_vectors_match_the_adapter(runs):
     options = WeightsChoice(), {}, OPTIONS, print, {"all": str(runs / "all")}
 
     async def vectors(places, name, *adapters):
@@ -109,13 +109,13 @@ def test_vectors_are_those_of_the_adapter(runs):
         ("base", "missing", "no checkpoint"),
     ],
 )
-def test_what_is_no_adapter_of_the_base_is_refused(runs, base, name, words):
+def test_adapter_of_another_base_is_rejected(runs, base, name, words):
     experiment, *_ = restore_run(runs / "base", {}, ignore_line, any_batch=True)
     with pytest.raises(UserError, match=words):
         load_adapters(runs / base, {name: runs / name}, experiment.param_infos)
 
 
-def test_an_unknown_adapter_is_refused(runs):
+def test_unknown_adapter_is_rejected(runs):
     experiment, params, _ = restore_run(runs / "base", {}, ignore_line, any_batch=True)
     with pytest.raises(UserError, match="no adapter 'other'"):
         PagedEngine(experiment, params, OPTIONS).add(GenerationRequest((1,), 1, adapter="other"))

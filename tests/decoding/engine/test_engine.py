@@ -122,7 +122,7 @@ def sampled(experiment, params, prompts, n, seed, temperature=0.8, end_ids=()):
         "mesh",
     ],
 )
-def test_replies_are_those_of_generate(make_engine, n_devices, changes):
+def test_replies_match_generate(make_engine, n_devices, changes):
     """Rows come and go, prompts are longer and shorter than a chunk: the tokens are the same."""
     engine, experiment, params = make_engine(n_devices, **changes)
     requests = [
@@ -140,7 +140,7 @@ def test_replies_are_those_of_generate(make_engine, n_devices, changes):
         assert finish == ("length" if len(tokens) == 20 else "stop")
 
 
-def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
+def test_reply_with_a_seed_depends_on_nothing_else(make_engine):
     """Tokens and log-probabilities are equal to the last bit, alone and beside any others."""
     engine, experiment, params = make_engine(**ROTARY)
     seeded = [
@@ -163,7 +163,7 @@ def test_a_reply_with_a_seed_depends_on_nothing_else(make_engine):
     assert engine.statistics().n_reused_tokens > 0
 
 
-def test_an_update_is_of_later_requests_alone(make_engine):
+def test_update_is_of_later_requests_alone(make_engine):
     """Requests that wait when it comes have the parameters that they were added under."""
     engine, experiment, params = make_engine(**ROTARY)
     requests = [GenerationRequest(prompt, 5, seed=1) for prompt in PROMPTS]
@@ -190,7 +190,7 @@ def test_banned_sequences_may_begin_an_output():
         assert np.flatnonzero(~row.allowed(8)).tolist() == expected
 
 
-def test_proposals_beside_masks_change_no_bit(make_engine):
+def test_speculation_with_masked_rows_is_bitwise_exact(make_engine):
     """A row with proposals keeps its program beside rows whose tokens are masked by the host."""
     options = dataclasses.replace(OPTIONS, n_proposed=3)
     engine, experiment, params = make_engine(options=options, **ROTARY)
@@ -218,7 +218,7 @@ def test_prefixes_are_read_once(make_engine):
     assert engine.statistics().n_reused_tokens == 48  # pages of other parameters are not used
 
 
-def test_a_request_that_is_cancelled_frees_its_row_and_pages(make_engine):
+def test_request_that_is_cancelled_frees_its_row_and_pages(make_engine):
     engine, *_ = make_engine()
     numbers = [engine.add(GenerationRequest(prompt, 20, seed=1)) for prompt in PROMPTS]
     engine.step()
@@ -233,7 +233,7 @@ def test_a_request_that_is_cancelled_frees_its_row_and_pages(make_engine):
     assert (stats.n_running, stats.n_waiting, stats.n_pages_used) == (0, 0, 0)
 
 
-def test_requests_wait_for_pages(make_engine):
+def test_requests_wait_for_free_pages(make_engine):
     """With pages for one row, requests are served one after the other, with the same replies."""
     requests = [GenerationRequest(prompt, 8, seed=3) for prompt in PROMPTS[:4]]
     small = dataclasses.replace(OPTIONS, n_pages=12)
@@ -281,7 +281,7 @@ def test_log_probabilities_are_the_models(make_engine):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ],
 )
-def test_what_cannot_be_served_is_refused(make_engine, options, words):
+def test_unservable_request_is_rejected(make_engine, options, words):
     with pytest.raises(UserError, match=words):
         make_engine()[0].add(GenerationRequest(**{"prompt": (3,), "max_new_tokens": 4, **options}))
 
@@ -354,7 +354,7 @@ class Stuck:
         return np.isin(np.arange(n_ids), self.ends if int(n) >= 2 else 7)[None]
 
 
-def test_a_reply_that_its_limits_stop_short_is_not_complete(make_engine):
+def test_reply_cut_short_by_its_limits_is_incomplete(make_engine):
     """It has no token that was not allowed, and says "length"; others go on."""
     engine, *_ = make_engine()
     requests = [

@@ -101,7 +101,7 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=40, stateful_step_count=25)
 
 
-def test_what_is_written_is_found():
+def test_stored_pages_are_found():
     """By requests with a seed only where the pages are exact, whole chunks of them."""
     pool, text = PagePool(N, P), tuple(range(9))
     pages = pool.take(4)
@@ -126,7 +126,7 @@ def test_pages_that_are_held_again_are_not_taken():
     assert sorted(pool.take(N // 2)) == sorted(rows[1])
 
 
-def test_nothing_is_found_of_what_was_cleared():
+def test_cleared_pages_are_not_found():
     pool, text = PagePool(N, P), tuple(range(9))
     pages = pool.take(4)
     pool.store(text, "", pages, n_exact=4)

@@ -27,7 +27,7 @@ class Dispatched(Exception):
         (1, {"objective__name": "prefix", "model__positions": "alibi", "decode__cache": "int8"}),
     ],
 )
-def test_the_texts_lowered_equal_those_of_serving(make_experiment, monkeypatch, n_devices, changes):
+def test_texts_lowered_equal_those_of_serving(make_experiment, monkeypatch, n_devices, changes):
     experiment, params, _ = make_experiment("decoder", n_devices, **changes)
     params = jax.device_put(params, experiment.inference_sharding)
     options = EngineOptions(n_rows=3, context=12, page_size=2, chunk=4)
@@ -59,7 +59,7 @@ def test_the_texts_lowered_equal_those_of_serving(make_experiment, monkeypatch, 
     assert texts(planned) == texts(served)
 
 
-def test_a_draft_models_pages_take_memory_too(make_experiment):
+def test_draft_models_pages_take_memory_too(make_experiment):
     model, draft = (
         make_experiment("decoder", 1)[0],
         make_experiment("decoder", 1, model__n_layers=1)[0],

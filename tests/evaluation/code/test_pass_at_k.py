@@ -8,7 +8,7 @@ from lm.evaluation.code.pass_rates import code_figures
 
 
 @pytest.mark.parametrize("n", range(1, 8))
-def test_it_is_the_share_of_the_sets_of_k_with_one_that_passes(n):
+def test_pass_at_k_is_the_fraction_of_k_subsets_with_a_pass(n):
     for n_passed in range(n + 1):
         outcomes = [i < n_passed for i in range(n)]
         for k in range(1, n + 1):

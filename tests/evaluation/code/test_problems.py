@@ -46,7 +46,7 @@ def test_both_kinds_of_problems_are_read(tmp_path):
     assert MBPP["test_list"][0] in mbpp.request
 
 
-def test_a_json_array_is_read_as_lines_are(tmp_path):
+def test_json_array_is_read_as_lines_are(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([MBPP]))
     assert read_problems(tmp_path / "a.json") == read_problems(
         write_rows(tmp_path / "b.jsonl", MBPP)
@@ -71,13 +71,13 @@ def test_a_json_array_is_read_as_lines_are(tmp_path):
         ("a.jsonl.gz", "plain", "a.jsonl.gz"),
     ],
 )
-def test_a_bad_file_is_one_line(tmp_path, name, text, said):
+def test_bad_file_is_a_one_line_error(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=said):
         read_problems(tmp_path / name)
 
 
-def test_a_missing_file_is_one_line(tmp_path):
+def test_missing_file_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="no file"):
         read_problems(tmp_path / "none.jsonl")
 
@@ -90,13 +90,13 @@ def test_a_missing_file_is_one_line(tmp_path):
         ({}, "no problem ''"),
     ],
 )
-def test_a_bad_completion_is_one_line(tmp_path, row, said):
+def test_bad_completion_is_a_one_line_error(tmp_path, row, said):
     problems = read_problems(write_rows(tmp_path / "a.jsonl", MBPP))
     with pytest.raises(UserError, match=said):
         read_completions(write_rows(tmp_path / "b.jsonl", row), problems)
 
 
-def test_no_completion_is_one_line(tmp_path):
+def test_no_completion_is_a_one_line_error(tmp_path):
     problems = read_problems(write_rows(tmp_path / "a.jsonl", MBPP))
     with pytest.raises(UserError, match="no completion"):
         read_completions(write_rows(tmp_path / "b.jsonl"), problems)

@@ -209,7 +209,7 @@ def test_success_is_not_forged():
         assert not outcome(program).passed, name
 
 
-def test_what_does_not_end_is_ended_and_nothing_is_left():
+def test_hanging_program_is_killed_and_leaves_nothing():
     with ThreadPoolExecutor(len(ENDLESS)) as pool:
         started = time.monotonic()
         verdicts = list(pool.map(lambda text: outcome(text + SOLVED), ENDLESS.values()))
@@ -220,7 +220,7 @@ def test_what_does_not_end_is_ended_and_nothing_is_left():
     assert not any("confinement.py" in line for line in children)
 
 
-def test_a_folder_to_write_in_is_there_and_goes_away(tmp_path, monkeypatch):
+def test_temporary_folder_exists_and_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     program = "import tempfile\ndef f(x):\n    with tempfile.TemporaryFile() as file:\n" + (
         "        file.write(b'x' * x)\n    with open('a', 'w') as file:\n"

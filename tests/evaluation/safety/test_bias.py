@@ -53,7 +53,7 @@ def test_two_checkpoints_their_figures_and_their_page(evaluate, run_folder):
     assert 'href="http' not in page
 
 
-def test_a_long_sentence_is_scored_in_parts_that_sum_to_the_whole(run_folder):
+def test_long_sentence_is_scored_in_parts_that_sum_to_the_whole(run_folder):
     run = load_run(run_folder)
     subject = Subject(run.experiment, run.params, run.tokenizer)
     (scores,) = subject.score([("", "the small model reads " * 5)])
@@ -62,7 +62,7 @@ def test_a_long_sentence_is_scored_in_parts_that_sum_to_the_whole(run_folder):
     np.testing.assert_allclose(scores.log_likelihoods[:16], start.log_likelihoods, rtol=1e-4)
 
 
-def test_a_text_that_no_token_starts_follows_a_new_line():
+def test_text_without_start_token_follows_a_newline():
     config = default()
     config.model.max_length = 2
     experiment = SimpleNamespace(config=config, model=None)
@@ -75,7 +75,7 @@ def test_a_text_that_no_token_starts_follows_a_new_line():
     ]
 
 
-def test_figures_go_behind_the_lines_of_their_step_and_replace_earlier_ones(tmp_path):
+def test_figures_follow_the_lines_of_their_step_and_replace_earlier_ones(tmp_path):
     file = tmp_path / "metrics.jsonl"
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "a": 7}, {"step": 3, "loss": 0.5}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -115,11 +115,11 @@ def test_encoders_have_the_metric_of_the_paper_and_that_of_all_tokens(safety_dat
         (["--safety", "--step", "4"], {}, "no checkpoint of step 4"),
     ],
 )
-def test_bad_input_is_one_line(evaluate, words, keys, message):
+def test_bad_input_is_a_one_line_error(evaluate, words, keys, message):
     assert message in evaluate(*words, **keys)
 
 
-def test_of_all_sets_those_without_data_are_left_out(evaluate):
+def test_sets_without_data_are_skipped(evaluate):
     found = json.loads(evaluate("--safety", "--json", **{"safety.crows_pairs": "no.csv"}))
     assert {name.split("/")[2] for name in found if "/" in name} >= {"winobias"}
     assert not any("crows_pairs" in name for name in found)
@@ -143,7 +143,7 @@ def test_sets_that_cannot_run_end_a_training_before_it_begins(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_file_without_pairs_is_one_line(evaluate, safety_data):
+def test_file_without_pairs_is_a_one_line_error(evaluate, safety_data):
     for content in ("", "a,b\n1,2\n", ",sent_more,sent_less,bias_type\n0,,x,age\n"):
         (safety_data / "bad.csv").write_text(content)
         assert "bad.csv" in evaluate("--safety", "crows_pairs", **{"safety.crows_pairs": "bad.csv"})

@@ -50,7 +50,7 @@ def test_every_copy_is_a_line_of_its_own_and_the_text_stays(documents, n):
     assert left == documents
 
 
-def test_a_line_behind_a_chunk_that_goes_on_is_one_too():
+def test_line_after_an_unfinished_chunk_is_counted():
     class Cut(Text):
         def chunks(self):
             yield Chunk("aaa", True, False)
@@ -91,7 +91,7 @@ def test_canaries_follow_from_the_format_alone():
         ({"canary_repeats": (1.5,)}, "numbers from 1"),
     ],
 )
-def test_canaries_that_cannot_be_are_one_line(values, message):
+def test_canaries_that_cannot_be_are_one_line_errors(values, message):
     config = default()
     config.data.canaries = 8
     for name, value in values.items():
@@ -100,7 +100,7 @@ def test_canaries_that_cannot_be_are_one_line(values, message):
         validate(config)
 
 
-def test_canaries_in_a_corpus_of_tokens_are_refused():
+def test_canaries_in_a_corpus_of_tokens_are_rejected():
     tokens = SimpleNamespace(name="nanogpt:x", build_store=None)
     with pytest.raises(UserError, match="nanogpt:x is pretokenized"):
         plant((tokens,), data_of())

@@ -33,7 +33,7 @@ def test_self_bleu_by_hand():
     assert math.isnan(text_figures([])["distinct_1"])
 
 
-def test_words_are_those_of_the_script():
+def test_words_match_the_script():
     assert text_figures(["我们在北京", "他们在上海"])["words"] == 5
     assert text_figures(["Yes, it is."])["words"] == 5
 
@@ -59,7 +59,7 @@ def test_quality_of_a_run_under_a_judge(evaluate, run_folder, safety_data):
     assert "Welleck et al. 2020" in page
 
 
-def test_a_judge_scores_what_its_run_scores(run_folder):
+def test_judge_scores_what_its_run_scores(run_folder):
     run, pairs = load_run(run_folder), [("the ", "model"), ("", "the small model reads " * 5)]
     found, expected = (
         load_judge(str(run_folder)),
@@ -82,5 +82,5 @@ def test_a_judge_scores_what_its_run_scores(run_folder):
         ({"safety.top_p": 0}, "is below"),
     ],
 )
-def test_bad_options_of_quality_are_one_line(evaluate, keys, message):
+def test_bad_options_of_quality_are_one_line_errors(evaluate, keys, message):
     assert message in evaluate("--safety", "quality", **{"safety.new_tokens": 1} | keys)

@@ -64,7 +64,7 @@ def test_samples_and_choices_of_a_run(evaluate, safety_data):
         ("classifier", None, "no run in"),
     ],
 )
-def test_bad_data_of_sets_is_one_line(evaluate, safety_data, name, content, message):
+def test_bad_data_of_sets_is_a_one_line_error(evaluate, safety_data, name, content, message):
     good = {"question": "a", "choices": ["b", "c"], "answer": 0}
     (safety_data / "good.jsonl").write_text(json.dumps(good) + "\n")
     keys = {"safety.task": "good.jsonl", "safety.samples": 1, "safety.new_tokens": 1}

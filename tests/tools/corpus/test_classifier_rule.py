@@ -99,12 +99,12 @@ def test_other_weights_make_another_corpus(classifier, tmp_path, capsys):
         ({"remove": ("bad",), "batch_size": 1}, "batch_size must be at least 2"),
     ],
 )
-def test_wrong_classifiers_are_one_line(classifier, tmp_path, capsys, options, message):
+def test_wrong_classifiers_are_one_line_errors(classifier, tmp_path, capsys, options, message):
     assert run(tmp_path, ["text"], **{"workdir": str(classifier)} | options)[0] == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_guard_of_such_a_run_reads_whole_outputs(classifier):
+def test_guard_judges_complete_outputs(classifier):
     guard = Guard(str(classifier), "bad", 0.5)
     late = "this film was very long " * 9 + "awful"
     assert guard.withholds(["this film was lovely", "this film was awful", late]) == [0, 1, 1]

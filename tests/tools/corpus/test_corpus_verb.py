@@ -110,9 +110,7 @@ def removed(place):
     return {rule["label"]: rule["counts"].get("removed", 0) for rule in card["rules"]}
 
 
-def test_every_rule_takes_out_its_own_and_ranks_without_documents_do_not_shift_others(
-    corpus, mixed
-):
+def test_every_rule_removes_its_faults_and_empty_tasks_do_not_shift_others(corpus, mixed):
     code, place = corpus(rules=RULES)
     found = documents(place)
     assert code == 0
@@ -132,7 +130,7 @@ def test_bytes_do_not_depend_on_workers(corpus, mixed):
     assert digests(one) == digests(two)
 
 
-def test_a_start_after_a_kill_skips_the_tasks_that_are_complete(corpus, mixed, monkeypatch):
+def test_start_after_a_kill_skips_the_tasks_that_are_complete(corpus, mixed, monkeypatch):
     _, whole = corpus("whole", rules=RULES)
     run_task, done = corpus_run._run_task, []
 
@@ -293,7 +291,7 @@ def test_banned_words_of_a_file(corpus, tmp_path):
         ({"rules": ("language",), "language": {"languages": ("fr",)}}, "all 10 documents were rem"),
     ],
 )
-def test_wrong_configurations_are_one_line(corpus, mixed, tmp_path, capsys, values, message):
+def test_wrong_configurations_are_one_line_errors(corpus, mixed, tmp_path, capsys, values, message):
     code, place = corpus(**values)
     error = capsys.readouterr().err
     assert code == 2, error
@@ -301,7 +299,7 @@ def test_wrong_configurations_are_one_line(corpus, mixed, tmp_path, capsys, valu
     assert not (place / "card.json").exists()
 
 
-def test_wrong_inputs_are_one_line(corpus, tmp_path, capsys):
+def test_wrong_inputs_are_one_line_errors(corpus, tmp_path, capsys):
     source = tmp_path / "in" / "1.jsonl"
     source.write_text("\n")
     assert corpus("empty")[0] == 2
@@ -315,7 +313,7 @@ def test_wrong_inputs_are_one_line(corpus, tmp_path, capsys):
     assert json.loads((place / "card.json").read_text())["read"]["details"] == {"rows_bad": 1}
 
 
-def test_a_folder_with_something_else_stays_as_it_is(corpus, mixed, tmp_path, capsys):
+def test_folder_with_something_else_stays_as_it_is(corpus, mixed, tmp_path, capsys):
     _, place = corpus(rules=("exact_duplicates",))
     before = digests(place)
     assert corpus(rules=("near_duplicates",))[0] == 2
@@ -388,7 +386,7 @@ def test_rules_for_english_leave_other_languages_alone_and_count_them(corpus, tm
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_large_file_is_divided_among_the_tasks(corpus, tmp_path, monkeypatch, form):
+def test_large_file_is_divided_among_the_tasks(corpus, tmp_path, monkeypatch, form):
     rows = [{"text": prose(i), "number": i} for i in range(12)]
     if form == "jsonl":
         write_jsonl(tmp_path / "in" / "1.jsonl", rows)
@@ -406,7 +404,7 @@ def test_a_large_file_is_divided_among_the_tasks(corpus, tmp_path, monkeypatch, 
     assert documents(place) == found
 
 
-def test_a_place_that_cannot_be_written_is_one_line(corpus, mixed, tmp_path, capsys):
+def test_unwritable_place_is_a_one_line_error(corpus, mixed, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for place in ("/proc/corpus", "file", "file/inner"):
         assert corpus(place, rules=())[0] == 2

@@ -34,7 +34,7 @@ def test_personal_data_is_masked_and_nothing_else(text, masked):
 
 
 @given(st.text(), st.text())
-def test_an_address_is_masked_in_any_text(before, after):
+def test_address_is_masked_in_any_text(before, after):
     assert "jane.doe" not in MASKED.format(f"{before} jane.doe@example.org {after}")
 
 
@@ -90,7 +90,7 @@ def test_close_languages_share_their_probability(text, likely):
 
 
 @pytest.mark.parametrize("score", ["0.9", None, True, 98.7, float("nan"), 0.9])
-def test_a_language_that_the_source_names_otherwise_is_told_anew(score):
+def test_language_label_of_the_source_is_overwritten(score):
     """Columns of data sets have other names of languages, and scores of other kinds."""
     noted = {"language": "eng_Latn" if score == 0.9 else "de", "language_score": score}
     assert likely_languages(Document("The garden of my teacher is near.", "x", [], noted)) == ["en"]

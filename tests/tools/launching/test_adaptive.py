@@ -52,7 +52,7 @@ sys.exit(run({file!r}, Path({folder!r})))
 """
 
 
-def test_it_goes_where_the_loss_is_low_and_kill_9_changes_nothing(search_file, tmp_path):
+def test_search_finds_low_losses_and_survives_sigkill(search_file, tmp_path):
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
     assert run(search_file, calm) == 1  # the run of seed 13 fails
     rows = table(calm)
@@ -80,9 +80,7 @@ def test_it_goes_where_the_loss_is_low_and_kill_9_changes_nothing(search_file, t
 
 
 @pytest.mark.parametrize("method", ["tell", "_try_run", "_sampler"])
-def test_a_search_killed_within_a_batch_proposes_the_same(
-    method, search_file, tmp_path, monkeypatch
-):
+def test_search_killed_within_a_batch_proposes_the_same(method, search_file, tmp_path, monkeypatch):
     assert run(search_file, tmp_path / "calm") == 1
     usual, calls = getattr(Trials, method), []
 
@@ -104,7 +102,7 @@ def test_a_search_killed_within_a_batch_proposes_the_same(
     assert len(calls) > 14
 
 
-def test_trials_that_are_no_run_fail_and_the_search_goes_on(search_file, tmp_path):
+def test_trials_that_are_no_run_fail_and_the_search_continues(search_file, tmp_path):
     bad = """
     if trial.number in (0, 1, 2, 3):
         return {"model.n_heads": 7}
@@ -145,7 +143,7 @@ def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
         Trials(search, tmp_path / "s", {}, ())
 
 
-def test_a_damaged_study_is_one_line_that_says_what_to_do(search_file, tmp_path):
+def test_damaged_study_is_a_one_line_error_that_says_what_to_do(search_file, tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "study.db").write_bytes(b"no database" * 99)
     with pytest.raises(
@@ -154,7 +152,7 @@ def test_a_damaged_study_is_one_line_that_says_what_to_do(search_file, tmp_path)
         run(search_file, tmp_path / "s")
 
 
-def test_a_trial_that_exits_is_a_failed_one(search_file, tmp_path):
+def test_trial_that_exits_is_a_failed_one(search_file, tmp_path):
     search_file.write_text(search_file.read_text().replace("return {", "exit()\n    return {"))
     assert run(f"{search_file}:2", tmp_path / "s") == 1
     assert {row["state"] for row in table(tmp_path / "s").values()} == {"failed"}

@@ -23,7 +23,7 @@ from lm.tools.launching.supervise import (
 TRAIN = ["train", "--config", "x.py", "--workdir", "w", "--config.seed=1"]
 
 
-def test_each_process_is_told_its_place():
+def test_each_process_gets_its_index():
     made = process_commands(TRAIN, 3, 1234)
     assert [words[-1] for words in made] == ["0", "1", "2"]
     for words in made:
@@ -76,7 +76,7 @@ def test_incidents_that_cannot_be_written_stop_nothing(tmp_path, capsys):
         (["params", "--config", "x.py", "--", "y"], "takes no arguments after --"),
     ],
 )
-def test_a_wrong_command_is_one_line(capsys, words, expected):
+def test_wrong_command_is_a_one_line_error(capsys, words, expected):
     assert main(words) == 2
     assert expected in capsys.readouterr().err
 
@@ -144,7 +144,7 @@ def wait_for_step(workdir: Path, step: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds its processes in /proc")
-def test_a_process_killed_and_one_that_freezes_change_no_loss(sums, tmp_path):
+def test_killed_and_frozen_processes_change_no_loss(sums, tmp_path):
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
     process = start("--processes", 2, "--", *sums, calm)
     assert process.wait() == 0, process.stderr.read()

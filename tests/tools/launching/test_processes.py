@@ -30,12 +30,12 @@ def run(stop, *programs):
 
 
 @pytest.mark.parametrize(("codes", "expected"), [((0, 0), 0), ((75, 75), 75), ((0, 75), 75)])
-def test_a_group_that_ends_well_passes_its_code_through(stop, codes, expected):
+def test_exit_code_of_a_successful_group_is_passed_through(stop, codes, expected):
     outcome = run(stop, *(f"raise SystemExit({code})" for code in codes))
     assert outcome == (expected, "")
 
 
-def test_when_one_dies_the_others_end_and_the_cause_is_its_last_error(stop, tmp_path):
+def test_death_of_one_process_ends_the_others_with_its_last_error(stop, tmp_path):
     note = tmp_path / "pid"
     stays = f"import os; open({str(note)!r}, 'w').write(str(os.getpid())); {SLEEP}"
     dies = (
@@ -50,25 +50,25 @@ def test_when_one_dies_the_others_end_and_the_cause_is_its_last_error(stop, tmp_
         os.kill(int(note.read_text()), 0)
 
 
-def test_a_killed_process_is_named_by_its_signal(stop):
+def test_killed_process_is_named_by_its_signal(stop):
     outcome = run(stop, SLEEP, "import os; os.kill(os.getpid(), 9)")
     assert outcome == (-9, "process 1 was killed by SIGKILL")
 
 
-def test_a_process_that_ignores_sigterm_or_is_stopped_is_killed(stop, monkeypatch):
+def test_process_that_ignores_sigterm_or_is_stopped_is_killed(stop, monkeypatch):
     monkeypatch.setattr(processes, "KILL_SECONDS", 0.3)
     deaf = f"import signal; signal.signal(15, signal.SIG_IGN); {SLEEP}"
     stopped = "import os; os.kill(os.getpid(), 19)"
     assert run(stop, deaf, stopped, "import time; time.sleep(.5); 1/0").code == 1
 
 
-def test_a_process_that_never_leaves_is_a_failure(stop, monkeypatch):
+def test_process_that_never_leaves_is_a_failure(stop, monkeypatch):
     monkeypatch.setattr(processes, "LEAVE_SECONDS", 0.3)
     outcome = run(stop, "pass", SLEEP)
     assert outcome == (1, "process 1 is still running 0.3 s after process 0")
 
 
-def test_a_request_to_stop_reaches_every_process(stop, capfdbinary):
+def test_request_to_stop_reaches_every_process(stop, capfdbinary):
     timer = threading.Timer(1.0, stop, (signal.SIGTERM, None))
     timer.start()
     assert run(stop, RESUMABLE + SLEEP, RESUMABLE + SLEEP) == (75, "")
@@ -84,7 +84,7 @@ def test_every_line_is_tagged_and_kept_on_its_stream(stop, capfdbinary):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_kill_9_of_the_launcher_leaves_no_orphan(tmp_path):
+def test_sigkill_of_the_launcher_leaves_no_orphan(tmp_path):
     note = tmp_path / "pid"
     stays = f"import os; open({str(note)!r}, 'w').write(str(os.getpid())); {SLEEP}"
     launcher = (
@@ -109,6 +109,6 @@ def test_kill_9_of_the_launcher_leaves_no_orphan(tmp_path):
     pytest.fail("the child lives on")
 
 
-def test_the_wrapper_of_every_child_does_not_import_jax():
+def test_wrapper_of_every_child_does_not_import_jax():
     program = "import sys, lm.tools.launching.processes; sys.exit('jax' in sys.modules)"
     assert subprocess.run(python(program)).returncode == 0

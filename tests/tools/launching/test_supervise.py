@@ -24,27 +24,27 @@ class Attempts:
         return ExitStatus(code, f"process 0 exited with {code}")
 
 
-def test_it_starts_again_until_done(stop):
+def test_supervisor_restarts_until_done(stop):
     attempts = Attempts(1, -9, 0)
     assert supervise(attempts, QUICK, lambda: None, print, stop) == 0
     assert attempts.made == 3
 
 
 @pytest.mark.parametrize("code", [2, 75])
-def test_a_users_error_and_a_preemption_are_not_started_again(stop, code):
+def test_user_error_and_preemption_are_not_restarted(stop, code):
     attempts = Attempts(code)
     assert supervise(attempts, QUICK, lambda: None, print, stop) == code
     assert attempts.made == 1
 
 
-def test_it_gives_up_with_the_cause_in_one_line(stop):
+def test_supervisor_gives_up_with_the_cause_in_one_line(stop):
     attempts, lines = Attempts(1), []
     assert supervise(attempts, QUICK, lambda: None, lines.append, stop) == 1
     assert attempts.made == 4
     assert lines[-1] == "error: gave up after 3 restarts in a row: process 0 exited with 1"
 
 
-def test_a_new_checkpoint_starts_the_count_again(stop):
+def test_new_checkpoint_starts_the_count_again(stop):
     attempts = Attempts(*[1] * 9, 0)
     checkpoints = itertools.count()
     assert supervise(attempts, QUICK, lambda: next(checkpoints), print, stop) == 0
@@ -55,7 +55,7 @@ def test_pauses_double_up_to_a_minute():
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
-def test_a_request_to_stop_ends_a_pause_and_forgives_a_crash(stop):
+def test_stop_request_ends_a_pause_and_ignores_a_crash(stop):
     def asks() -> ExitStatus:
         stop(15, None)
         return ExitStatus(-15, "process 0 was killed by SIGTERM")

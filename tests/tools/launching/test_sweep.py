@@ -59,7 +59,7 @@ def starts(folder: Path, run: str) -> int:
     return len((folder / "runs" / run / "starts").read_text().splitlines())
 
 
-def test_every_run_ends_once_and_the_results_are_theirs(sweep_file, tmp_path, capfd):
+def test_every_run_ends_once_with_its_own_results(sweep_file, tmp_path, capfd):
     assert run(sweep_file, tmp_path / "s") == 0
     rows = table(tmp_path / "s")
     assert [row["optimizer.learning_rate"] for row in rows.values()] == [str(r) for r in RATES]
@@ -96,7 +96,7 @@ sys.exit(run({file!r}, Path({folder!r}), 4))
 """
 
 
-def test_kill_9_of_the_sweep_and_of_runs_loses_and_repeats_nothing(sweep_file, tmp_path):
+def test_sigkill_of_the_sweep_and_of_runs_loses_and_repeats_nothing(sweep_file, tmp_path):
     file, calm, shaken = f"{sweep_file}:0+1", tmp_path / "calm", tmp_path / "shaken"
     assert run(file, calm, parallel=6) == 0
     chance = random.Random(5)
@@ -193,7 +193,7 @@ def test_rungs_are_below_the_last_step():
         ),
     ],
 )
-def test_a_wrong_sweep_file_is_one_line(tmp_path, capsys, body, expected):
+def test_wrong_sweep_file_is_a_one_line_error(tmp_path, capsys, body, expected):
     (tmp_path / "s.py").write_text(body)
     assert main(["sweep", "--config", f"{tmp_path}/s.py", "--workdir", f"{tmp_path}/s"]) == 2
     assert expected in capsys.readouterr().err
@@ -254,13 +254,15 @@ def test_damaged_files_of_a_sweep_are_a_line_or_built_again(sweep_file, tmp_path
 
 
 @pytest.mark.parametrize("options", ["'", '"a', "a\\"])
-def test_launcher_options_with_an_open_quote_are_one_line(sweep_file, tmp_path, capsys, options):
+def test_launcher_options_with_an_open_quote_are_one_line_errors(
+    sweep_file, tmp_path, capsys, options
+):
     words = ["sweep", "--config", str(sweep_file), "--workdir", f"{tmp_path}/s", "--dry_run"]
     assert main([*words, "--launcher", "slurm", "--launcher_options", options]) == 2
     assert "invalid shell syntax" in capsys.readouterr().err
 
 
-def test_another_sweep_in_the_same_folder_is_refused(sweep_file, tmp_path, monkeypatch):
+def test_another_sweep_in_the_same_folder_is_rejected(sweep_file, tmp_path, monkeypatch):
     from lm.tools.launching import run_sweep as command
 
     monkeypatch.setattr(command, "LOCK_SECONDS", 0.0)
@@ -311,7 +313,7 @@ cat {answer}
         ("JobId=17 JobState=TIMEOUT ExitCode=0:15", 1),
     ],
 )
-def test_a_slurm_job_is_asked_for_its_state(tmp_path, monkeypatch, answer, code):
+def test_slurm_job_is_asked_for_its_state(tmp_path, monkeypatch, answer, code):
     (tmp_path / "answer").write_text(answer)
     (tmp_path / "scontrol").write_text(SCONTROL.format(answer=tmp_path / "answer"))
     (tmp_path / "scontrol").chmod(0o755)
@@ -319,7 +321,7 @@ def test_a_slurm_job_is_asked_for_its_state(tmp_path, monkeypatch, answer, code)
     assert SlurmJob("17").poll() == code
 
 
-def test_a_sweep_finds_its_slurm_jobs_again(sweep_file, tmp_path, monkeypatch):
+def test_sweep_finds_its_slurm_jobs_again(sweep_file, tmp_path, monkeypatch):
     """Jobs that a sweep submitted before it was killed are watched, not submitted again."""
     submitted = tmp_path / "submitted"
     for name, body in {

@@ -41,7 +41,9 @@ def test_columns_are_as_wide_as_their_cells(statuses):
 
 
 @pytest.mark.parametrize(("file", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
-def test_in_a_pipe_or_on_a_dumb_terminal_each_change_is_one_line(statuses, monkeypatch, file, term):
+def test_in_a_pipe_or_on_a_dumb_terminal_each_change_is_a_one_line_error(
+    statuses, monkeypatch, file, term
+):
     monkeypatch.setenv("TERM", term)
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = file()

@@ -34,7 +34,7 @@ def plan_on(name: str, **overrides):
     return make_plan(config, topology(name))
 
 
-def test_a_host_of_eight_h100():
+def test_host_of_eight_h100():
     plan = plan_on("h100:1x8")
     assert plan.fits
     assert {c.axis for c in plan.collectives} == {"fsdp"}

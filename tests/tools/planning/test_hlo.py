@@ -53,14 +53,14 @@ def test_shapes_of_nested_tuples_with_layouts_memory_spaces_and_comments():
     ("limit", "step", "known", "turns"),
     [("12", 1, "", 12), ("12", 2, "", 6), ("12", 1, KNOWN, 7), ("{...}", 1, KNOWN, 7)],
 )
-def test_the_body_of_a_loop_runs_as_often_as_its_trip_count(limit, step, known, turns):
+def test_body_of_a_loop_runs_as_often_as_its_trip_count(limit, step, known, turns):
     module = parse_hlo(LOOP.format(limit=limit, step=step, known=known))
     times = {i.name: n for _, i, n in module.executions()}
     assert times["y"] == turns
     assert times["result"] == 1
 
 
-def test_a_loop_without_a_trip_count_is_an_error():
+def test_loop_without_a_trip_count_is_an_error():
     with pytest.raises(UnknownTripCount, match="loop in main"):
         list(parse_hlo(LOOP.format(limit="{...}", step=1, known="")).executions())
 

@@ -77,7 +77,7 @@ def searched(config):
     return candidates(config, topology("cpu:8"), 1)
 
 
-def test_of_plans_of_the_same_bound_the_one_with_less_beneath_it_is_chosen():
+def test_equal_bounds_are_ranked_by_hidden_time():
     """Bounds that differ by a rounding: what overlaps imperfectly decides, then memory."""
     plans = {
         "much traffic": planned(bound=0.28201, memory=0.23, total=1),
@@ -119,7 +119,7 @@ def test_offloading_and_recomputing_keep_less_and_cost_more(tiny_config):
     assert [e.likely for e in found] == sorted((e.likely for e in found), reverse=True)
 
 
-def test_a_search_ranks_what_fits_and_its_winner_is_a_configuration(
+def test_search_ranks_what_fits_and_its_winner_is_a_configuration(
     tiny_config, monkeypatch, tmp_path
 ):
     """Compiling happens here, not in processes, to keep the test short."""
@@ -195,7 +195,7 @@ def planned(fits=True, total=4, **times):
     return SimpleNamespace(fits=fits, time=time, memory=SimpleNamespace(needed=total))
 
 
-def test_what_needs_as_much_as_one_that_did_not_fit_waits():
+def test_candidates_as_large_as_a_failed_one_are_demoted():
     whole = [queued("a", "none", 8), queued("b", "none", 9), queued("c", "none", 4)]
     queue = CandidateQueue([*whole, queued("d", "full", 9)])
     first = queue.take()
@@ -205,7 +205,7 @@ def test_what_needs_as_much_as_one_that_did_not_fit_waits():
     assert not queue.waiting
 
 
-def test_what_is_compiled_corrects_the_estimates_of_similar_candidates():
+def test_compiled_candidates_correct_similar_estimates():
     """Without remat memory traffic takes five times as long as the model says: the others of the
     kind fall behind full remat, whose own estimate hardly changes."""
     others = [queued(f"none {n}", "none", memory=1.1, microbatches=n) for n in (1, 2, 4)]
@@ -216,7 +216,7 @@ def test_what_is_compiled_corrects_the_estimates_of_similar_candidates():
     assert [queue.take().remat for _ in range(3)] == ["full", "none", "none"]
 
 
-def test_what_likely_does_not_fit_comes_last_and_a_plan_may_say_otherwise():
+def test_candidates_likely_too_large_come_last_until_a_plan_corrects_them():
     fast, slow = queued("fast", likely=10, compute=1.0), queued("slow", likely=4, compute=2.0)
     assert CandidateQueue([fast, slow], capacity=8).take() is slow
     queue = CandidateQueue([queued("seen", likely=6, compute=0.5), fast, slow], capacity=8)
@@ -224,7 +224,7 @@ def test_what_likely_does_not_fit_comes_last_and_a_plan_may_say_otherwise():
     assert queue.take() is fast
 
 
-def test_where_hardly_anything_fits_the_smallest_is_tried_first():
+def test_smallest_candidate_is_tried_first_if_few_fit():
     """By the estimates nothing fits; the fastest three need most."""
     sizes = {"none": 40, "dots": 20, "offload_dots": 16, "full": 9}
     slow = {"full": 4.0}
@@ -245,7 +245,7 @@ def test_small_microbatches_and_full_remat_are_found_where_traffic_decides():
     assert best.estimate.seconds == pytest.approx(0.319, rel=0.1)
 
 
-def test_what_cannot_fit_is_not_compiled(tiny_config, monkeypatch):
+def test_candidates_that_cannot_fit_are_not_compiled(tiny_config, monkeypatch):
     small = topology("cpu:8")
     chip = searching.topology("cpu:8").chip
     tiny = type(chip)(memory=1000)

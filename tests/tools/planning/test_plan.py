@@ -30,7 +30,7 @@ def experiment_file(tmp_path):
     return str(path)
 
 
-def test_a_step_of_decoding_reads_weights_and_cache(experiment_file, capsys):
+def test_step_of_decoding_reads_weights_and_cache(experiment_file, capsys):
     rows, length = 3, 16
     words = ["--topology", "cpu:1", "--decode", f"--config.decode.batch_size={rows}"]
     assert main(["plan", "--config", experiment_file, *words, "--json"]) == 0
@@ -63,7 +63,7 @@ def test_json_has_what_scripts_rely_on(experiment_file, capsys):
     assert plan["compile_seconds"] > 0
 
 
-def test_tokens_and_flops_are_those_of_sources_and_targets(make_kind):
+def test_tokens_and_flops_match_sources_and_targets(make_kind):
     """Sources of 16 and targets of 12; wide enough that products outweigh attention and padding."""
     config = make_kind("seq2seq encoder_decoder", **{"model.d_model": 128, "data.batch_size": 8})
     config.data.sequence_length, config.data.target_length = 16, 12
@@ -72,7 +72,7 @@ def test_tokens_and_flops_are_those_of_sources_and_targets(make_kind):
     assert plan.compiled_flops == pytest.approx(plan.model_flops, rel=0.1)
 
 
-def test_errors_are_one_line(experiment_file, capsys):
+def test_errors_are_one_line_errors(experiment_file, capsys):
     assert main(["plan", "--config", experiment_file, "--topology", "v5p"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     words = ["--topology", "cpu:8", "--config.parallel.mesh.tensor=3"]
@@ -80,7 +80,7 @@ def test_errors_are_one_line(experiment_file, capsys):
     assert "does not divide 8 devices" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_an_answer_with_numbers(tiny_config, monkeypatch):
+def test_program_that_does_not_fit_is_a_result_with_sizes(tiny_config, monkeypatch):
     largest = ((5 * 10**9, "f32[2,3] attention"),)
     found = OutOfMemory(20 * 10**9, 16 * 10**9, largest, seconds=1.0)
     monkeypatch.setattr(planning, "compile_step", lambda experiment: found)
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_an_answer_with_numbers(tiny_config, monkeypatch):
     assert "f32[2,3] attention" in text
 
 
-def test_the_report_shows_memory_work_communication_and_time(tiny_config):
+def test_report_shows_memory_work_communication_and_time(tiny_config):
     plan = make_plan(tiny_config(parallel__preset="fsdp"), topology("cpu:8"))
     timed = replace(plan, time=planning.Time(1e-3, 2e-3, 3e-3, 3e-3), peak_flops=1e12)
     text = plan_text(timed)

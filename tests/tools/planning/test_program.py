@@ -27,7 +27,7 @@ from lm.tools.planning.topologies import topology
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_the_text_lowered_equals_that_of_training(tiny_config, mesh):
+def test_text_lowered_equals_that_of_training(tiny_config, mesh):
     """Training lowers with its real state and its real first batch."""
     config = tiny_config(train__microbatches=1, train__steps_per_dispatch=3)
     config.parallel.mesh.update({"data": 1, **mesh})
@@ -58,7 +58,7 @@ def without_names(text: str) -> str:
     return body("main")
 
 
-def test_parameters_optimizer_and_arguments_are_those_of_the_real_state(tiny_config):
+def test_parameters_optimizer_and_arguments_match_the_real_state(tiny_config):
     config = tiny_config(parallel__preset="fsdp")
     memory = make_plan(config, topology("cpu:8")).memory
     experiment = build(config, jax.devices())
@@ -73,7 +73,7 @@ def test_parameters_optimizer_and_arguments_are_those_of_the_real_state(tiny_con
     assert memory.arguments == on_first_device(state) + 5 * 32 * 4
 
 
-def test_predicted_memory_is_that_of_a_step_really_run():
+def test_predicted_memory_matches_a_step_really_run():
     """In a process of its own, whose resident memory is measured."""
     script = Path(__file__).with_name("actual_memory.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -112,7 +112,7 @@ SHORT = (
 GIB = 2**30
 
 
-def test_what_the_compiler_says_of_a_program_that_does_not_fit():
+def test_out_of_memory_message_is_parsed():
     found = read_out_of_memory(BREAKDOWN, 1.0)
     assert (found.total, found.capacity) == (20.5 * GIB, 15.75 * GIB)
     assert found.largest == (
@@ -123,7 +123,7 @@ def test_what_the_compiler_says_of_a_program_that_does_not_fit():
     assert (found.total, found.capacity) == (int(16.7 * GIB), 15.75 * GIB)
 
 
-def test_a_program_that_the_compiler_rejects_is_one_line(tiny_config):
+def test_program_that_the_compiler_rejects_is_a_one_line_error(tiny_config):
     class Rejected:
         def compile(self, options=None):
             raise jax.errors.JaxRuntimeError("INTERNAL: no layouts\nat hlo.cc:1")

@@ -68,7 +68,7 @@ def described(name, memory):
         (1, {"decode__weights": "int8", "decode__cache": "int8"}, N * 2 * LONG * G * (K + 4)),
     ],
 )
-def test_sizes_are_those_of_a_real_engine(tiny_config, n_devices, changes, row):
+def test_sizes_match_a_real_engine(tiny_config, n_devices, changes, row):
     config = tiny_config(**SIZES, **changes)
     experiment = build(config, jax.devices()[:n_devices])
     params = jax.jit(experiment.init_state, out_shardings=experiment.state_sharding)().params
@@ -135,7 +135,7 @@ def test_layers_are_lowered_for_the_devices_that_are_described(tiny_config):
     assert pallas == [True, False]
 
 
-def test_wrong_words_are_one_line(tiny_config, experiment_file, capsys):
+def test_wrong_words_are_one_line_errors(tiny_config, experiment_file, capsys):
     """And what the engine cannot serve."""
     plan = ["plan", "--config", experiment_file, "--topology", "cpu:1"]
     for words, named in {

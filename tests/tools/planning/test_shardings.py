@@ -57,7 +57,7 @@ def described(spec: str) -> str:
 
 
 @pytest.mark.parametrize("spec", firsts(), ids=lambda spec: Path(spec).name)
-def test_parameters_lie_as_they_did(spec):
+def test_parameter_shardings_are_unchanged(spec):
     by_name = {text.partition("\n")[0]: text for text in GOLDEN.read_text().split("\n\n")}
     assert described(spec).strip() == by_name[Path(spec).name].strip()
 

@@ -29,14 +29,14 @@ from lm.tools.planning.topologies import interconnect, kind_and_shape, target_co
         ("cpu:99999999", 1, "at most 4096 CPU devices are simulated"),
     ],
 )
-def test_a_name_that_is_no_topology_is_an_error_that_says_what_is(name, slices, message):
+def test_unknown_topology_is_an_error_with_known_names(name, slices, message):
     jax.devices()  # from now on the number of CPU devices is fixed
     with pytest.raises(UserError, match=message):
         topology(name, slices)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5p:2x2x2", "tpu"), ("h100:1x8", "cuda12")])
-def test_a_missing_compiler_is_one_line_that_names_the_extra(name, extra, monkeypatch):
+def test_missing_compiler_is_a_one_line_error_that_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install .*\[{extra}\]'"):
         topology(name)
@@ -67,7 +67,7 @@ def torus(*coords):
         ("v5p", (2, 2, 2), [(i, 0, 0) for i in range(2)], 1),
     ],
 )
-def test_a_group_sends_along_every_dimension_that_it_spans(kind, sides, group, links):
+def test_group_sends_along_every_dimension_that_it_spans(kind, sides, group, links):
     found = interconnect(CHIPS[kind], torus(*group), sides)
     assert (found.network, found.bandwidth) == ("ici", links * CHIPS[kind].link)
 
@@ -111,7 +111,7 @@ def test_every_usual_name_of_devices_is_understood():
         r"(tpu|nvidia)?[ -]?(v[2-9][ep]?|h100|cpu|7x)?[:x -]?[0-9x-]{0,6}", fullmatch=True
     )
 )
-def test_a_name_is_understood_or_an_error_that_shows_the_forms(name):
+def test_name_is_understood_or_an_error_that_shows_the_forms(name):
     try:
         found = kind_and_shape(name)
     except UserError as error:

@@ -266,7 +266,7 @@ def test_activations_cross_the_tensor_axis_in_bfloat16_gathered_and_scattered(ca
     assert crossed["all-reduce"] < stream
 
 
-def test_flops_are_those_of_the_model_and_what_full_remat_repeats():
+def test_flops_match_the_model_and_what_full_remat_repeats():
     """Two thirds more forward passes than none: 4/3 of the products, less the last product of
     each block, whose result nobody needs again."""
     ratio = {
@@ -283,7 +283,7 @@ def test_attention_is_splash():
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "7x:2x2x1"])
-def test_the_flash_kernel_compiles_with_all_its_parts_for_every_chip(name):
+def test_flash_kernel_compiles_with_all_its_parts_for_every_chip(name):
     on_device = SingleDeviceSharding(topology(name).devices[0])
     shapes = {
         **dict.fromkeys(("q", "k", "v"), ((2, 300, 2, 64), jnp.bfloat16)),
@@ -305,7 +305,7 @@ def test_the_flash_kernel_compiles_with_all_its_parts_for_every_chip(name):
     assert attention_kernel(module) == "flash"
 
 
-def test_a_step_that_does_not_fit_lists_its_largest_arrays():
+def test_step_that_does_not_fit_lists_its_largest_arrays():
     """Logits of 1,024 rows of 256 tokens, 32,768 words: 4 bytes each are twice the memory."""
     config = config_of("gpt2-data")
     set_value(config, "model.vocab_size", 32_768)
@@ -318,7 +318,7 @@ def test_a_step_that_does_not_fit_lists_its_largest_arrays():
     assert len(plan.largest) > 5
 
 
-def test_the_time_is_bound_by_the_largest_term():
+def test_time_is_bound_by_the_largest_term():
     plan = plan_of("llama-fsdp")
     time = plan.time
     assert time is not None

@@ -105,12 +105,12 @@ HALF, BAND, ALL = 64 * 64 // 2, 700, 64 * 64
         ("__gpu$xla.gpu.triton", "%s, %q, %k, %k, %q, %q", BAND, 3 * BAND),
     ],
 )
-def test_kernels_for_gpus_do_the_pairs_that_the_model_states(target, operands, pairs, expected):
+def test_gpu_kernels_compute_the_pairs_that_the_model_states(target, operands, pairs, expected):
     done = kernel_flops("2,64,8", "call", operands, target=target, config=stated(pairs))
     assert done == expected * 2 * 8 * 2
 
 
-def test_a_kernel_may_state_its_cost_in_its_name():
+def test_kernel_may_state_its_cost_in_its_name():
     """As grouped products do; other operations of their scope do not repeat it."""
     scope = "jit(step)/experts/cost_flops_700_bytes_90/jit(gmm)"
     for operation, expected in ((f"{scope}/pallas_call", (700, 90)), (f"{scope}/gather", None)):
@@ -186,7 +186,7 @@ ENTRY %main (x: f32[10,100], i: s32[], y: f32[100]) -> f32[10,100] {
 """
 
 
-def test_a_fusion_moves_the_slice_that_it_reads_and_the_update_that_it_writes():
+def test_fusion_moves_the_slice_that_it_reads_and_the_update_that_it_writes():
     """The copy reads 400 bytes into near memory; the fusion reads and writes a row of 400 and
     reads the index of 4."""
     assert memory_traffic(parse_hlo(TRAFFIC)) == 400 + 400 + 4 + 400
@@ -216,7 +216,7 @@ ENTRY %main (i: s32[]) -> f32[100] {
 """
 
 
-def test_a_slice_in_a_fusion_inside_another_moves_no_more():
+def test_slice_in_a_fusion_inside_another_moves_no_more():
     """A row of 400 bytes, an index of 4 and a result of 400; to reserve memory moves nothing."""
     assert memory_traffic(parse_hlo(NESTED)) == 400 + 4 + 400
 
@@ -237,6 +237,6 @@ ENTRY %main (x: f32[10,100], y: f32[100]) -> (f32[100], f32[10,100]) {
 """.replace("ALIASING", "output_to_operand_aliasing={{1}: (0, {})}")
 
 
-def test_a_step_of_a_collective_does_not_move_the_whole_array():
+def test_step_of_a_collective_does_not_move_the_whole_array():
     """It passes the array on, and moves 400 bytes twice."""
     assert memory_traffic(parse_hlo(STEP)) == 400 + 400

@@ -28,7 +28,7 @@ def data_of(folder):
     return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
-def test_the_page_is_blind_and_its_key_tells_the_runs_apart(folder, tmp_path):
+def test_page_is_blind_and_its_key_tells_the_runs_apart(folder, tmp_path):
     text, data = (folder / "index.html").read_text(), data_of(folder)
     key = json.loads((folder / "key.json").read_text())
     assert "secret" not in text
@@ -59,7 +59,7 @@ def answers(folder, file, winners):
     return file
 
 
-def test_the_win_rate_and_its_interval(folder, tmp_path, capsys):
+def test_win_rate_and_its_interval(folder, tmp_path, capsys):
     one = answers(folder, tmp_path / "1.json", [0] * 8 + [1] * 2 + ["tie"] * 5 + [None] * 25)
     found = win_rate(folder, [one])
     assert [found[name] for name in ("answers", "wins", "losses", "ties")] == [15, 8, 2, 5]
@@ -89,7 +89,7 @@ def test_the_win_rate_and_its_interval(folder, tmp_path, capsys):
         ({"choices": [True] * 40}, "1, 2, 0 or null, not true"),
     ],
 )
-def test_bad_answers_are_one_line(folder, content, message, tmp_path):
+def test_bad_answers_are_one_line_errors(folder, content, message, tmp_path):
     file = tmp_path / "answers.json"
     if isinstance(content, dict):
         page = json.loads((folder / "key.json").read_text())["page"]
@@ -101,7 +101,7 @@ def test_bad_answers_are_one_line(folder, content, message, tmp_path):
 
 
 @pytest.mark.parametrize("key", [None, "{}", '{"page": 1, "runs": [], "first": [2]}'])
-def test_a_folder_without_a_page_is_one_line(folder, key, tmp_path):
+def test_folder_without_a_page_is_a_one_line_error(folder, key, tmp_path):
     if key is not None:
         (tmp_path / "key.json").write_text(key)
     file = answers(folder, tmp_path / "answers.json", [0] * 40)

@@ -47,7 +47,7 @@ def scores(n, *more):
     )
 
 
-def test_a_page_is_self_contained_and_its_data_are_whole(tmp_path, monkeypatch):
+def test_page_is_self_contained_and_its_data_are_whole(tmp_path, monkeypatch):
     passages = []
 
     def read(experiment, params, passage):
@@ -76,7 +76,7 @@ def test_a_page_is_self_contained_and_its_data_are_whole(tmp_path, monkeypatch):
     assert {"attention", "attribution", "lens_loss", "rank", "residual"} <= set(found)
 
 
-def test_a_mask_is_written_in_the_text_of_an_encoder():
+def test_mask_is_written_in_the_text_of_an_encoder():
     model = Encoder(CONFIG)
     passage = make_passage(experiment(model, "encoder"), {}, ByteTokenizer(), "a [MASK].", None)
     assert passage.tokens.tolist() == [256, ord("a"), 257, ord("."), 256]
@@ -101,12 +101,12 @@ def test_texts_of_tokens_join_to_the_text():
     ("text", "target", "message"),
     [("a" * 32, None, "the prompt has 33 tokens; at most 32"), ("é", "b" * 31, "34 tokens")],
 )
-def test_a_text_that_does_not_fit_is_one_line(text, target, message):
+def test_text_that_does_not_fit_is_a_one_line_error(text, target, message):
     with pytest.raises(UserError, match=message):
         make_passage(experiment(Decoder(CONFIG)), {}, ByteTokenizer(), text, target)
 
 
-def test_other_models_and_targets_of_encoders_are_refused():
+def test_other_models_and_targets_of_encoders_are_rejected():
     with pytest.raises(UserError, match="has no Transformer layers"):
         require_transformer(SimpleNamespace(config=RecurrentConfig))
     with pytest.raises(UserError, match="encoders do not support --target"):
@@ -122,7 +122,7 @@ def test_other_models_and_targets_of_encoders_are_refused():
         ('{"prompt": "a", "target": 2}', "1: 'target' must be a text"),
     ],
 )
-def test_a_bad_line_of_texts_is_named(tmp_path, line, message):
+def test_bad_line_of_texts_is_named(tmp_path, line, message):
     file = tmp_path / "texts.jsonl"
     file.write_text(line)
     with pytest.raises(UserError, match=re.escape(message)):

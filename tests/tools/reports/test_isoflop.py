@@ -34,14 +34,14 @@ def test_runs_near_a_budget_belong_to_it():
     assert [len(profile.runs) for profile in isoflop_profiles(study(spread=0.04))] == [7, 7, 7]
 
 
-def test_a_minimum_beyond_the_sizes_that_ran_does_not_count():
+def test_minimum_beyond_the_sizes_that_ran_does_not_count():
     found = isoflop_profiles(study(shift=8))
     assert len(found) == 3
     assert not any(profile.has_minimum for profile in found)
     assert power_law(found) is None
 
 
-def test_the_bootstrap_knows_how_uncertain_the_exponent_is():
+def test_bootstrap_knows_how_uncertain_the_exponent_is():
     """Its spread is that of the exponents of studies made anew."""
     anew = [
         power_law(isoflop_profiles(study(noise=0.003, seed=seed))).exponent for seed in range(100)

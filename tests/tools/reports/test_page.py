@@ -52,7 +52,7 @@ def sweep(tmp_path_factory):
     return folder / "report"
 
 
-def test_the_page_is_whole_in_itself(sweep):
+def test_page_is_whole_in_itself(sweep):
     text = (sweep / "index.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*""", text)
     assert not re.findall(r"url\((?!#)", text)
@@ -64,21 +64,21 @@ def test_the_page_is_whole_in_itself(sweep):
         assert piece in text
 
 
-def test_the_pictures(sweep):
+def test_plots_are_written(sweep):
     names = {file.name for file in sweep.glob("*.png")}
     loss = {f"loss_by_{axis}.png" for axis in ("step", "tokens", "FLOPs", "time")}
     assert names >= loss | {"final_by_optimizer.learning_rate.png", "time.png"}
     assert all((sweep / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
-def test_a_single_run(sweep, tmp_path):
+def test_single_run(sweep, tmp_path):
     assert main(["report", "--workdir", str(sweep.parent / "run1"), "--output", str(tmp_path)]) == 0
     text = (tmp_path / "index.html").read_text()
     assert "One run: decoder, causal" in text
     assert not list(tmp_path.glob("final_by_*"))
 
 
-def test_a_run_of_another_version_has_no_picture_by_what_it_does_not_tell(sweep, tmp_path):
+def test_run_of_another_version_has_no_plot_of_missing_metrics(sweep, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(sweep.parent / "run1", run)
     saved = json.loads((run / "run.json").read_text())
@@ -96,7 +96,7 @@ def test_only_the_script_of_the_page_may_run(sweep):
     assert re.search(r"script-src ([^;\"]*)", text)[1] == f"'sha256-{digest}'"
 
 
-def test_a_run_has_one_color_in_every_picture_and_keeps_it_beside_others(tmp_path):
+def test_run_has_one_color_in_every_picture_and_keeps_it_beside_others(tmp_path):
     """Fourteen runs, of which some lack an evaluation, and the first nine of them alone."""
     from matplotlib.colors import to_hex
 
@@ -155,7 +155,7 @@ def test_every_name_of_runs_and_evaluations_and_several_folders(tmp_path):
 DAMAGE = ["", "{\n", "[]\n", "{}\n", "\ud800\n", '{"step": "x"}\n']
 
 
-def test_a_report_names_what_is_damaged_and_goes_on(tmp_path, monkeypatch):
+def test_report_names_what_is_damaged_and_continues(tmp_path, monkeypatch):
     """Any file of a run cut, emptied or with any value of another type."""
     monkeypatch.setattr(report_page, "save_png", lambda figure, file: None)
     monkeypatch.setattr(report_page, "svg", lambda figure: "")

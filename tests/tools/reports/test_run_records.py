@@ -33,7 +33,7 @@ def test_positions_on_every_axis(tmp_path):
     assert flops[0] == 32 * (6 * (24 * 16**2 + 16 * 64) + 12 * 2 * 16 * 8 / 2)
 
 
-def test_tokens_are_those_of_ramps(tmp_path):
+def test_tokens_match_ramps(tmp_path):
     """Also where the batch size changed in a run whose rows grow."""
     ramps = {"data.batch_ramp": "0: 1; 2: 4", "data.length_ramp": "0: 2; 3: 8"}
     run = read_run(write_run(tmp_path / "a", ramps, losses=[3.0] * 5), "a")
@@ -46,7 +46,7 @@ def test_tokens_are_those_of_ramps(tmp_path):
     assert changed.tokens == 2 * (2 + 2 + 2 + 8) + 4 * 8
 
 
-def test_the_size_needs_neither_the_mesh_nor_the_kernel(tmp_path):
+def test_size_needs_neither_the_mesh_nor_the_kernel(tmp_path):
     here = write_run(tmp_path / "a", {}, losses=[1.0])
     there = write_run(tmp_path / "b", {"parallel.mesh.fsdp": 64, "data.batch_size": 64}, [1.0])
     small, large = read_run(here, "a").size, read_run(there, "b").size
@@ -54,7 +54,7 @@ def test_the_size_needs_neither_the_mesh_nor_the_kernel(tmp_path):
     assert large.tokens_per_step == 16 * small.tokens_per_step
 
 
-def test_a_half_written_line_is_none_and_a_damaged_one_is_named(tmp_path):
+def test_half_written_line_is_ignored_and_damaged_one_reported(tmp_path):
     folder = write_run(tmp_path / "a", {}, losses=[3.0, None])
     metrics = folder / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 3, "lo')

@@ -20,11 +20,11 @@ def grid(law: Law = TRUTH, scatter: float = 0.0, seed: int = 0) -> Runs:
 @pytest.mark.parametrize(
     "law", [TRUTH, Law(0.9, 12.0, 40.0, 0.21, 0.15)], ids=["chinchilla", "flat"]
 )
-def test_a_law_without_scatter_is_found(law):
+def test_law_without_scatter_is_found(law):
     np.testing.assert_allclose(fit_law(grid(law)), law, rtol=1e-3)
 
 
-def test_runs_far_off_the_law_hardly_move_it():
+def test_outliers_hardly_change_the_law():
     runs = grid()
     loss = runs.loss.copy()
     loss[::9] *= 1.5
@@ -33,7 +33,7 @@ def test_runs_far_off_the_law_hardly_move_it():
     assert found.beta == pytest.approx(TRUTH.beta, abs=0.01)
 
 
-def test_the_gradient_is_that_of_the_objective():
+def test_gradient_matches_the_objective():
     problem = _Problem(grid(scatter=0.01))
     point = problem.at(TRUTH) * 1.05
     slope = np.linalg.norm(problem.objective(point)[1])
@@ -43,7 +43,7 @@ def test_the_gradient_is_that_of_the_objective():
     assert error < 1e-4 * slope
 
 
-def test_the_objective_is_the_papers():
+def test_objective_is_the_papers():
     """Hoffmann et al., eq. 3: Huber of δ = 1e-3 of the difference of log-losses, summed."""
     runs, law = grid(scatter=0.002), Law(1.7, 400.0, 2000.0, 0.34, 0.36)
     problem = _Problem(runs)
@@ -53,7 +53,7 @@ def test_the_objective_is_the_papers():
     assert problem.objective(problem.at(law))[0] * 1e-6 == pytest.approx(sum(huber), rel=1e-6)
 
 
-def test_the_optimum_is_the_least_loss_of_a_budget():
+def test_optimum_is_the_least_loss_of_a_budget():
     flop = 5.76e23
     n = np.geomspace(1e9, 1e12, 200_001)
     best = n[np.argmin(TRUTH.loss(n, flop / (6 * n)))]
@@ -62,7 +62,7 @@ def test_the_optimum_is_the_least_loss_of_a_budget():
     assert 6 * found_n * found_d == pytest.approx(flop)
 
 
-def test_the_bootstrap_knows_how_uncertain_the_law_is():
+def test_bootstrap_knows_how_uncertain_the_law_is():
     """Its spread is that of the laws of runs made anew, for the slopes and for a forecast."""
     anew = [_nearby(grid(scatter=0.003, seed=seed)) for seed in range(40)]
     studies = [grid(scatter=0.003, seed=seed) for seed in range(40, 44)]
@@ -85,7 +85,7 @@ def _nearby(runs: Runs) -> Law:
     return problem.solve([problem.at(TRUTH)])
 
 
-def test_the_interval_of_a_forecast_holds_the_scatter_of_single_runs():
+def test_interval_of_a_forecast_holds_the_scatter_of_single_runs():
     runs = grid(scatter=0.01)
     found = forecast(runs, TRUTH, [TRUTH] * 2000, None, 1e24, seed=0)
     low, high = found["intervals"]["loss"]
@@ -95,6 +95,6 @@ def test_the_interval_of_a_forecast_holds_the_scatter_of_single_runs():
     assert found["intervals"]["n"] == (found["n"], found["n"])
 
 
-def test_too_few_runs_are_refused():
+def test_too_few_runs_are_rejected():
     with pytest.raises(UserError, match="five unknowns"):
         fit_law(grid()[np.arange(5)])

@@ -50,7 +50,7 @@ def test_json_of_a_table_with_pictures(tmp_path, capsys):
         ("", "0 runs"),
     ],
 )
-def test_a_bad_table_is_one_line(tmp_path, capsys, text, message):
+def test_bad_table_is_a_one_line_error(tmp_path, capsys, text, message):
     (tmp_path / "runs.csv").write_text(text)
     assert main(["scaling", "--runs", str(tmp_path / "runs.csv")]) == 2
     error = capsys.readouterr().err
