@@ -41,7 +41,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_directory(tmp_path_factory):
-    """Token stores and tokenizers of the tests: never the user's."""
+    """Use a cache separate from the user's for token stores and tokenizers."""
     path = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LM_CACHE_DIR", str(path))
@@ -51,7 +51,7 @@ def cache_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory_maps():
-    """Forgets the compiled programs, each of which has memory maps, before there are too many."""
+    """Drop compiled programs before their memory maps reach the limit of the process."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
@@ -143,7 +143,7 @@ def tagged_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def chat_file(tmp_path_factory):
-    """48 conversations of one or two turns: a question after a colour, and the colour."""
+    """48 conversations of one or two turns: a question after a color, and the color."""
     colours = ["red", "green", "blue", "white"]
     path = tmp_path_factory.mktemp("chat") / "colours.jsonl"
     rows = []
@@ -159,7 +159,7 @@ def chat_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
-    """Forty-eight prompts with a chosen and a rejected completion, told apart by their words."""
+    """Forty-eight prompts with a chosen and a rejected completion, distinguished by their words."""
     words, path = ["one", "two", "three", "four"], tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     rows = (
         {
@@ -175,7 +175,7 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """What runs as the command line does sees one of the eight devices."""
+    """Let code that runs like the command line see only one of the eight devices."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: first)
 
@@ -191,7 +191,7 @@ def one_device_in_module():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, text_file):
-    """Workdir of a decoder of bytes that was trained for two steps; tests leave it as it is."""
+    """Return the workdir of a byte decoder trained for two steps; tests must not change it."""
     folder = tmp_path_factory.mktemp("tiny_run")
     (folder / "config.py").write_text(TINY_RUN.format(text=text_file))
     first = jax.devices()[:1]
@@ -227,7 +227,7 @@ def make_kind(
     chat_file,
     pairs_file,
 ):
-    """Makes configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
+    """Make configurations of a kind of training (`kinds.py`), 2 layers, 16 wide, with dropout.
 
     All have words for tokens and a vocabulary of 128, which any mesh divides.
     """
@@ -272,7 +272,7 @@ def make_kind(
 
 @pytest.fixture
 def tiny_config(text_file):
-    """Makes configurations of a 2-layer model 32 wide that reads `text_file` as bytes.
+    """Make configurations of a 2-layer model 32 wide that reads `text_file` as bytes.
 
     `tiny_config(seed=1, model__norm="rmsnorm")` sets seed and model.norm.
     """

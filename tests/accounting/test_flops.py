@@ -14,8 +14,8 @@ from lm.experiment import build
 
 L, T, N, D = 16, 12, 3, 32  # source and target lengths, layers, width
 
-# Forward FLOPs that are no model FLOPs: the masked half of causal attention's two products, and
-# those in which a recurrent decoder picks its initial states, hidden and cell of each layer.
+# Forward FLOPs that are not model FLOPs: the masked half of causal attention's two products, and
+# the selection of a recurrent decoder's initial states (hidden and cell) in each layer.
 CAUSAL_SOURCE, CAUSAL_TARGET = N * 2 * L * L * D, 2 * N * 2 * T * T * D
 PICKS = N * 2 * (2 * T * L * D)
 KINDS = {
@@ -122,7 +122,7 @@ def test_row_is_a_source_and_its_target():
 
 
 def test_experts_count_as_often_as_a_token_uses_them():
-    """Three plain layers with 2 · 80 for their width 80, and a router of 4 outputs."""
+    """Three dense layers of width 80 become 2 · 80, plus a router with 4 outputs."""
     sparse = experiment_of(
         "decoder", "causal", **{"model.n_experts": 4, "model.experts_per_token": 2}
     )

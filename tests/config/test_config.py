@@ -30,7 +30,7 @@ def get_config(variant="a"):
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """An experiment file of a small model."""
+    """Return an experiment file with a small model."""
     path = tmp_path_factory.mktemp("config") / "small.py"
     path.write_text(SMALL)
     return str(path)
@@ -38,7 +38,7 @@ def experiment(tmp_path_factory):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes an experiment file and gives its path."""
+    """Write an experiment file and return its path."""
 
     def write(source):
         path = tmp_path / "experiment.py"
@@ -86,7 +86,7 @@ def test_every_registered_name_leads_to_its_code(registry, name):
         assert name in SCHEMA[key].choices
 
 
-# What some choices need beside them.
+# Further keys that some choices need.
 FACTORS = (1.0,) * 16  # half of the default head dimension
 DISENTANGLED = {
     "model.mixer": "disentangled",
@@ -123,7 +123,7 @@ def test_every_choice_is_accepted(path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_builds(make_kind, kind):
-    """Resolving fills in what is left open, and does not change it a second time."""
+    """Resolving fills in defaults, and is idempotent."""
     config = make_kind(kind)
     experiment = build(config, jax.devices()[:1])
     assert experiment.config == build(experiment.config, jax.devices()[:1]).config
@@ -333,7 +333,7 @@ TEXTS = {
 
 
 def override(path):
-    """(path, text), the text often one that the key's type and choices allow."""
+    """Draw (path, text), where the text is often valid for the key."""
     key = SCHEMA[path]
     fitting = st.sampled_from(key.choices) if key.choices else TEXTS[key.type]
     return st.tuples(st.just(path), st.one_of(fitting, fitting, ANY_TEXT))

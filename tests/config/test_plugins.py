@@ -252,7 +252,7 @@ def test_plugin_that_lost_its_name_is_a_one_line_error(folder, tmp_path, capsys)
     assert "no longer registers the model family 'gain'" in line
 
 
-# --- where files lie
+# --- locations of files
 
 
 def test_modules_of_the_same_name_in_two_folders(folder, tmp_path):
@@ -304,7 +304,9 @@ def test_configuration_file_itself_may_register(folder, tmp_path):
     )
     config = configs.load_config(f"{folder}/config.py", {"optimizer.mine.b3": "0.25"})
     assert config.optimizer.mine.b3 == 0.25
-    assert configs.load_config(f"{folder}/config.py").optimizer.mine.b3 == 0.5  # twice is no clash
+    assert (
+        configs.load_config(f"{folder}/config.py").optimizer.mine.b3 == 0.5
+    )  # registering twice is no conflict
     plugins = SCHEMA.plugins()
     run = {"config": json.loads(config.to_json()), "plugins": plugins}
     (tmp_path / "run.json").write_text(json.dumps(run))

@@ -10,7 +10,7 @@ from lm.config import default
 
 @pytest.fixture
 def make_data(tmp_path):
-    """Makes `data` sections: files below tmp_path, a cache of the test's own."""
+    """Make `data` sections: files below tmp_path, a cache of the test's own."""
 
     def make(**changes) -> ml_collections.ConfigDict:
         section = default().data

@@ -17,7 +17,7 @@ class Server:
     Attributes:
         folder: files that are served.
         url: address of the folder.
-        drops: as many answers are cut in their middle.
+        drops: number of answers that are truncated.
         status: status of all answers; 0 if the files are served.
         missing: bytes that the answers leave out at the end of each file.
         version: part of the ETag.
@@ -82,7 +82,7 @@ def served(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def served_in_order(folder: Path) -> Iterator[str]:
-    """The address of Python's own server of a folder, which lists it and knows no ranges."""
+    """Yield the address of Python's own file server, which lists folders and has no ranges."""
 
     class Handler(SimpleHTTPRequestHandler):
         def __init__(self, *args):

@@ -18,7 +18,7 @@ KEYS = [f"{i:032x}" for i in range(16)]
 
 @pytest.fixture(params=["whole", "shards", "records"])
 def built(request, monkeypatch, make_kind, tmp_path, capsys):
-    """The name of a kind of store, its experiment file, its source and its cache, built and old."""
+    """Return a kind of store, its experiment file, its source, and its built, old cache."""
     if request.param == "shards":
         monkeypatch.setattr(dataset, "ONE_STORE", 0)
         monkeypatch.setattr(file_parts, "RANGE", 2000)

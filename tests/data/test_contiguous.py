@@ -55,7 +55,7 @@ def test_every_window_comes_once_but_for_a_dropped_remainder(n, batch_size, drop
     elif n >= batch_size:
         assert seen == list(range(1, n - n % batch_size + 1))
         assert (numbers > 0).all()
-    else:  # too few to give every row one: better than none
+    else:  # fewer windows than rows: still used
         assert seen == list(range(1, n + 1))
 
 

@@ -34,7 +34,7 @@ TALK = [
 
 @pytest.fixture
 def build(make_data, tmp_path):
-    """Builds the store of a source of conversations with a row of so many inputs."""
+    """Build the store of a source of conversations with a row of so many inputs."""
 
     def build(spec, length=10_000, **changes):
         data = make_data(sequence_length=length, **changes)
@@ -46,7 +46,7 @@ def build(make_data, tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes rows as JSON lines; returns the source."""
+    """Write rows as JSON lines; returns the source."""
 
     def write(*rows):
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

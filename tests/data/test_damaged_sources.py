@@ -1,4 +1,4 @@
-"""Source files that are cut, extended or changed at any byte: never a traceback.
+"""Source files that are truncated, extended or changed at any byte: never a traceback.
 
 Where a checksum covers the content the documents are the same, or there is an error; elsewhere
 there may be other documents. An error is one line that names the file.
@@ -99,7 +99,7 @@ CASES = [
 
 CHANGES = st.tuples(
     st.sampled_from(["cut", "extend", "double", "flip", "flip", "overwrite", "drop"]),
-    st.integers(0, 10**6) | st.integers(-40, 40),  # also near an end, where indices lie
+    st.integers(0, 10**6) | st.integers(-40, 40),  # also near an end, where indices are
     st.binary(min_size=1, max_size=12),
 )
 

@@ -61,7 +61,7 @@ def rows(store):
 
 @pytest.fixture
 def records(make_data, tmp_path):
-    """Makes data sections of two files of records."""
+    """Make data sections of two files of records."""
     for name, letters in (("a", "abcdefghij"), ("b", "xyz")):
         (tmp_path / f"{name}.tsv").write_text("text\n" + "".join(f"{x}\n" for x in letters))
     return lambda **changes: make_data(**{"source": "tsv:a.tsv", **changes})

@@ -16,7 +16,7 @@ PAIRS, LABELLED = ("chosen", "rejected"), ("completion", "label")
 
 @pytest.fixture
 def read(tmp_path):
-    """Returns the records of rows as their objective reads them, bytes being tokens."""
+    """Return the records of rows as their objective reads them, bytes being tokens."""
 
     def read(*rows, columns=PAIRS, data_columns="", bad_rows="error"):
         path = tmp_path / "rows.jsonl"

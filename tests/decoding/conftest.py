@@ -66,9 +66,9 @@ def _make_experiment(family, changes, n_devices):
 
 @pytest.fixture
 def make_experiment():
-    """Makes (experiment, params, tokenizer) of a random model of 8 tokens, 2 layers, 16 wide.
+    """Make (experiment, params, tokenizer) of a random model of 8 tokens, 2 layers, 16 wide.
 
-    Every parameter is random: none is at a value that hides it.
+    Every parameter is random: none has a special value.
     """
     return lambda family, n_devices=1, **changes: _make_experiment(
         family, tuple(sorted(changes.items())), n_devices

@@ -193,7 +193,7 @@ def test_beam_search_stops_when_no_hypothesis_can_improve():
 
 
 def test_beam_search_waits_for_long_hypotheses():
-    """After two steps what runs is worse than both that ended; length 100 is divided by 306."""
+    """After two steps finished hypotheses lead, but a length of 100 divides by 306."""
     table = np.log([[1e-9, 0.45, 0.55]] * 3)
     (found,) = markov_search(table, BeamOptions(2, 100, 2.0, Controls((END,))))
     longest = (99 * np.log(0.45) + np.log(0.55)) / (105 / 6) ** 2

@@ -18,7 +18,7 @@ def run(tiny_run):
 
 @pytest.fixture
 def session(run, monkeypatch):
-    """A session whose model says what it was shown last, and the seed, in two parts."""
+    """Return a session whose model repeats the last message and the seed, in two parts."""
 
     def answer(experiment, params, tokenizer, chats, sampling, seed, stop, template):
         session.shown = [message["content"] for message in chats[0].messages]

@@ -96,7 +96,7 @@ def test_terminal_edits_and_is_interrupted_and_left():
 
 @pytest.fixture
 def lm(tiny_run, one_device, monkeypatch, capsys):
-    """Gives what a verb on the run prints, or its error."""
+    """Return what a verb on the run prints, or its error."""
 
     def run(verb, *words, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))

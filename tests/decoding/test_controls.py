@@ -95,7 +95,7 @@ def test_beam_search_obeys_controls():
     assert searched(chances, Controls((2,)), 4)[0] == [2]
     tokens, score = searched(chances, Controls((2,), min_length=2), 8)
     assert (tokens, score) == ([0, 0, 2], pytest.approx(np.log(0.5 * 0.5 * 0.2), rel=1e-5))
-    # The likeliest of three tokens and the end that lacks "0 0", and has its own probability.
+    # The most likely of three tokens and the end that lacks "0 0", and has its own probability.
     tokens, score = searched(chances, Controls((2,), min_length=3, banned=((0, 0),)), 8)
     assert (tokens, score) == ([0, 1, 0, 2], pytest.approx(np.log(0.5 * 0.3 * 0.5 * 0.2), rel=1e-5))
 

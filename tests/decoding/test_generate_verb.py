@@ -30,7 +30,7 @@ def get_config():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Gives what a `lm generate` on the run prints, or its error."""
+    """Return what `lm generate` on the run prints, or its error."""
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *args: first)
     pairs = "".join(f"{'ab' * n}\t{'ba' * n}\n" for n in (1, 2, 3, 2, 1, 3))

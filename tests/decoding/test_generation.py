@@ -113,7 +113,7 @@ def test_greedy_search_and_greedy_sampling_write_what_the_full_pass_says(make_ex
 
 
 def greedily(experiment, params, tokenizer, prompt):
-    """What the likeliest tokens make, by a full pass for each; rows are filled up behind."""
+    """What the most likely tokens make, by a full pass for each; rows are filled up behind."""
     apply = _apply(experiment.model)
     letters = [*tokenizer.encode(prompt)]
     target = []

@@ -10,7 +10,7 @@ from lm.errors import UserError
 
 
 class Classifier:
-    """Finds texts with an x likely bad."""
+    """Find texts with an x likely bad."""
 
     def largest(self, texts, columns, windows):
         return np.array([0.9 if "x" in text else 0.2 for text in texts]), None

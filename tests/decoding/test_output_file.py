@@ -16,7 +16,7 @@ def output(tmp_path):
 
 
 def run(output, inputs=INPUTS, made_by=MADE_BY):
-    """Writes each input in upper case; the number of the first that was written."""
+    """Write each input in upper case; the number of the first that was written."""
     starts = []
 
     def lines_from(n):

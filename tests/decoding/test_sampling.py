@@ -63,7 +63,7 @@ def test_filtered_distribution_keeps_its_proportions(sampling, kept):
 
 
 def test_temperature_acts_before_top_p():
-    """At temperature 3 the likeliest has probability 0.27, so 0.35 needs two tokens."""
+    """At temperature 3 the most likely has probability 0.27, so 0.35 needs two tokens."""
     hot = scipy.special.softmax(np.log(PROBABILITIES) / 3)
     expected = np.where(np.arange(5) % 3 == 0, hot, 0)
     assert_follows(draw(Sampling(temperature=3.0, top_p=0.35)), expected / expected.sum())

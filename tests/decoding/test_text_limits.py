@@ -112,7 +112,7 @@ def test_invalid_limit_is_a_one_line_error(keys, message):
 
 
 def test_grammar_of_a_request_is_compiled_when_it_is_read(monkeypatch):
-    """The thread that writes replies does not wait for it."""
+    """The thread that generates replies does not wait for it."""
     limits = with_grammar(None, "regex", "ab", ByteTokenizer(), (256,))
     monkeypatch.setattr(text_limits_module, "_matcher", None)
     (allowed,) = limits.allowed(257, np.full((1, 4), -1), 0)

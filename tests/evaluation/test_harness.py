@@ -62,7 +62,7 @@ def _models():
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Makes (their model for lm-eval, the workdir of ours) of a kind."""
+    """Make (their model for lm-eval, the workdir of ours) of a kind."""
     made = {}
 
     def make(kind):
@@ -155,9 +155,9 @@ def test_generated_texts_match_lm_evals_own_model(make, kind, tmp_path):
     requests = instances("generate_until", arguments)
     expected = theirs.generate_until(requests, disable_tqdm=True)
     found = ours(workdir, tmp_path).generate_until(requests)
-    if kind == "t5":  # theirs writes as many tokens more as the source has
+    if kind == "t5":  # transformers adds the number of source tokens to the limit
         expected = [text[: len(mine)] for text, mine in zip(expected, found, strict=True)]
-    # Ours leave out what is no character at the end.
+    # lm drops an incomplete character at the end.
     assert found == [text.rstrip("\ufffd") for text in expected]
     assert any(found)
 

@@ -17,7 +17,7 @@ from lm.experiment import build_with_data
 
 @pytest.fixture
 def make_evaluation(make_kind):
-    """Evaluates a fresh model of a kind: experiment, parameters, batches, stores and figures."""
+    """Evaluate a fresh model of a kind: experiment, parameters, batches, stores and figures."""
 
     def make(kind, max_batches=0, **changes):
         config = make_kind(kind, model__init_std=0.3, data__validation_fraction=0.3, **changes)

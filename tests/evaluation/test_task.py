@@ -39,7 +39,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def lm(tmp_path, capsys):
-    """Runs `lm VERB` on the test's workdir; gives what is printed, or the error's one line."""
+    """Run `lm VERB` on the test's workdir; gives what is printed, or the error's one line."""
 
     def lm(verb, *words):
         code = main([verb, "--workdir", str(tmp_path / "run"), *map(str, words)])
@@ -56,14 +56,14 @@ def lm(tmp_path, capsys):
 
 @pytest.fixture
 def shown_progress(monkeypatch, lm):
-    """Shows progress without waiting for a minute; gives what the last verb showed."""
+    """Show progress without waiting for a minute; gives what the last verb showed."""
     monkeypatch.setattr("lm.progress._SECONDS_A_LINE", 0.0)
     return lambda: lm.error
 
 
 @pytest.fixture
 def train(tmp_path, lm):
-    """Trains with some keys of the configuration changed."""
+    """Train with some keys of the configuration changed."""
 
     def train(values):
         file = tmp_path / "config.py"

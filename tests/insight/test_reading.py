@@ -189,10 +189,10 @@ def test_class_is_predicted_from_the_whole_text():
 
     @jax.jit
     @jax.value_and_grad
-    def likeliest(scale):
+    def most_likely(scale):
         return jax.nn.log_softmax(model.apply(variables, scale, method=scores)).max()
 
-    expected, derivative = likeliest(1.0)
+    expected, derivative = most_likely(1.0)
     np.testing.assert_allclose(found.scores.loss, [-expected], atol=1e-5)
     np.testing.assert_allclose(found.lens.loss[:, -1], [-expected], atol=1e-5)
     np.testing.assert_allclose(found.attribution.sum(), derivative, atol=1e-4)

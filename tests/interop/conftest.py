@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def make_theirs(tmp_path_factory):
-    """Makes (their model, its folder) of a kind, always the same for a name."""
+    """Make a transformers model and its folder; deterministic by name."""
     import hf_models
 
     made = {}

@@ -188,7 +188,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """Makes (folder, model) of a family, and exports its import to `folder.out`."""
+    """Make (folder, model) of a family, and exports its import to `folder.out`."""
     made = {}
 
     def make(name):

@@ -1,4 +1,4 @@
-"""Tokenizer files with any value in any place work, or are refused in one line."""
+"""Tokenizer files with any value in any place work, or give a one-line error."""
 
 import hashlib
 import json

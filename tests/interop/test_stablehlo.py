@@ -63,7 +63,7 @@ def export(run, *words) -> None:
 
 
 def without_lm(*jobs):
-    """What exported folders say in a process of their own."""
+    """Return the outputs of exported folders, run in a process without lm."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_LM],
         input=json.dumps([[str(folder), *job] for folder, *job in jobs]),

@@ -114,7 +114,7 @@ def test_single_file_is_read_rather_than_an_old_index_beside_it(tmp_path):
 
 
 def test_tensor_in_two_files_is_an_error(tmp_path):
-    """Which of them counts is not said: transformers takes the last."""
+    """It is ambiguous which one counts; transformers takes the last."""
     write(tmp_path, largest=64)
     first, *_, last = sorted(tmp_path.glob("*.safetensors"))
     safetensors.save_file(safetensors.load_file(last) | {"a": np.ones(7, np.float32)}, last)

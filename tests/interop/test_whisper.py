@@ -50,7 +50,7 @@ PREFIX = (2, 5, 9)  # <|startoftranscript|> and two tokens that targets begin wi
 
 
 def random_model(values):
-    """A model with no parameter at a value that hides it."""
+    """A model whose parameters have no special values."""
     torch.manual_seed(0)
     kind = transformers.WhisperForConditionalGeneration
     model = kind(config_of(kind.__name__, values)).eval()

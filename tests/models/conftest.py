@@ -31,8 +31,8 @@ def _make_model(changes):
 
 @pytest.fixture
 def make_model():
-    """Makes (model, params) 2 layers deep and 32 wide with the given changes of its config.
+    """Make (model, params) 2 layers deep and 32 wide with the given changes of its config.
 
-    Every parameter is random, biases and norm scales too: none is at a value that hides it.
+    Every parameter is random, biases and norm scales too: none has a special value.
     """
     return lambda **changes: _make_model(tuple(sorted(changes.items())))

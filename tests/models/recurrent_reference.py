@@ -7,7 +7,7 @@ from scipy.special import expit
 
 
 def draw(model, *inputs, seed=0):
-    """Random parameters of a model: biases too, none at a value that hides it."""
+    """Draw random parameters of a model, biases included."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     rng = np.random.default_rng(seed)
     return jax.tree.map(

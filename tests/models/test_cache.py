@@ -99,7 +99,7 @@ def test_left_padded_rows_give_the_full_forward_pass(mix):
 
 
 def test_step_writes_the_cache_in_place(make_model):
-    """Of four layers in a loop: one at a time is copied to be read."""
+    """Of four layers in a loop, only one at a time is copied for reading."""
     model, params = make_model(n_layers=4, scan_unroll=1)
     cache = jax.eval_shape(lambda: model.empty_cache(2, 4096))
     tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)

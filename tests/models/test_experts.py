@@ -96,7 +96,7 @@ ALL_AXES = {"fsdp": 2, "expert": 2, "tensor": 2}
 
 @pytest.fixture
 def build_on(make_kind):
-    """Builds a kind on a mesh, to be trained by plain gradient descent with step 1."""
+    """Build a kind on a mesh, to be trained by plain gradient descent with step 1."""
 
     def build_on(kind, mesh, **changes):
         name, values = KINDS[kind]
@@ -109,7 +109,7 @@ def build_on(make_kind):
 
 
 def random_state(experiment):
-    """A state of random parameters: biases too, none at a value that hides it."""
+    """A state of random parameters: biases too, none is at a special value."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -204,7 +204,7 @@ def assert_layer_equal_on(mesh, capacity=0.0, between=lambda: None):
 
 @pytest.mark.parametrize("capacity", [0.0, 1.0])
 def test_context_parallel_length(monkeypatch, capacity):
-    """Where the context axis divides sequences, an expert's places for a row are still shared."""
+    """The context axis shards sequences, but an expert's capacity is still shared per row."""
     monkeypatch.setitem(ACTIVATIONS, "length", ("context",))
     assert_layer_equal_on({"expert": 2, "context": 2, "tensor": 2}, capacity)
 

@@ -47,7 +47,7 @@ def test_any_kernel_is_rounded_by_at_most_its_scale(stacked, inputs, outputs, is
     error = np.abs(found.unbox() - x)
     if found.values.dtype == jnp.int8:
         assert (error <= largest / 127 * 0.501).all()
-    else:  # at most 4/11 of the largest number is cut off, and else half a step is lost
+    else:  # clipping loses at most 4/11 of the largest element, rounding half a step
         assert (error <= 0.37 * largest).all()
         assert np.square(error).mean() <= 0.02 * np.square(x).mean() + np.square(x).max() / 400
     again = QuantizedKernel.quantize(found.unbox(), about, jnp.float32, bits)

@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_the_same(make_model, unroll, remat):
 
 
 def test_gradient_of_a_large_batch_is_the_sum_over_its_rows(make_model):
-    """XLA compiles large arrays in ways of their own, some of them wrong (jax-ml/jax#39103)."""
+    """XLA compiles large arrays differently, and sometimes wrongly (jax-ml/jax#39103)."""
     model, params = make_model(positions="rotary", norm="rmsnorm", attention="tiled")
     tokens = np.random.default_rng(0).integers(0, 96, (64, 80))
     loss = loss_of(model)

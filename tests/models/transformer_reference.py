@@ -12,7 +12,7 @@ BOTH_WAYS_BUCKETS = [*range(8), 8, 12, 16, 23, 32, 46, 64, 91]
 
 
 def draw(model, *inputs, method=None):
-    """Random parameters of a model: biases and norms too, none at a value that hides it."""
+    """Random parameters of a model: biases and norms too, none is at a special value."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, method=method))
     rng = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from lm.data.store import Manifest, TokenStore
 
 @pytest.fixture
 def make_store():
-    """Makes token stores of documents, lists of ids, in memory."""
+    """Make token stores of documents, lists of ids, in memory."""
 
     def make(documents, delimiter=None):
         known = {"source": "memory", "dtype": "uint32", "delimiter": delimiter}
@@ -24,7 +24,7 @@ def make_store():
 
 @pytest.fixture
 def make_scorer():
-    """Makes models that score whatever they are given the same; `calls` holds what that was."""
+    """Make models that give constant scores and record their inputs in `calls`."""
 
     class Scorer:
         config, deterministic = SimpleNamespace(loss_chunk=0), True

@@ -51,7 +51,7 @@ def test_teacher_may_be_an_imported_run(tmp_path):
 
 @pytest.mark.usefixtures("one_device")
 def test_student_learns_beside_its_teacher(tiny_config, tmp_path):
-    """What is evaluated later, in chunks, is the divergence of the two models' own logits."""
+    """A later evaluation, in chunks, gives the divergence between the two models' logits."""
     large, small = tmp_path / "teacher", tmp_path / "student"
     assert train(tiny_config(train__steps=2), large)
     keys = {"objective__distill_temperature": 2.0, "objective__distill_weight": 0.75}

@@ -148,7 +148,7 @@ def plugin(tmp_path):
 
 @pytest.fixture
 def train(plugin, one_device, capsys):
-    """Trains an experiment that imports the plug-in for two steps, then evaluates it."""
+    """Train an experiment that imports the plug-in for two steps, then evaluates it."""
 
     def run(*words):
         assert main([str(word) for word in words]) == 0, capsys.readouterr().err

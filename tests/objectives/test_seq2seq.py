@@ -27,7 +27,7 @@ PAIRS = [("abc", "AB"), ("de", "CDEF"), ("f", "G"), ("ghijkl", "HI"), ("mn", "J"
 
 @pytest.fixture
 def make_store(tmp_path):
-    """Makes a store of pairs, tokenised as bytes."""
+    """Make a store of pairs, tokenized as bytes."""
 
     def make(pairs):
         for side in (0, 1):
@@ -164,7 +164,7 @@ def test_packing_does_not_change_the_loss(make_store, loss_of):
 
 
 class Logits:
-    """A model that says what it is told to."""
+    """A model with given logits."""
 
     def __init__(self, logits_BTV):
         self.logits_BTV = logits_BTV

@@ -141,7 +141,7 @@ def sums_of(params, batch, negatives=5):
 
 
 def pairs_of(batch):
-    """Return (row, centre, context) of every pair, by index."""
+    """Return (row, center, context) of every pair, by index."""
     for row, (lines, reach) in enumerate(
         zip(batch["segment_ids"], batch["window_sizes"], strict=True)
     ):
@@ -171,7 +171,7 @@ def test_loss_matches_the_paper_summed_over_pairs(params, batch, negatives):
 
 def test_gradients_match_centers_contexts_and_noise_only(params, batch):
     batch = {name: values.copy() for name, values in batch.items()}
-    batch["inputs"][batch["inputs"] == D] = C  # neither a centre nor a context
+    batch["inputs"][batch["inputs"] == D] = C  # neither a center nor a context
     batch["noise"][batch["noise"] == C] = A
     grads = jax.grad(lambda params: sums_of(params, batch).loss)(params)
     used = {"tokens": set(), "contexts": {*batch["noise"][:2].ravel()}}

@@ -21,7 +21,7 @@ RNG = np.random.default_rng(0)
 
 @pytest.fixture
 def make_store(tmp_path):
-    """Makes a store of (question, context, answer or None, its start); words unless bytes."""
+    """Make a store of (question, context, answer or None, its start); words unless bytes."""
 
     def make(*asked, tokenizer=None):
         questions = [
@@ -156,7 +156,7 @@ def test_without_the_whole_answer_cls_is_the_target(make_store):
 
 
 class Scores:
-    """A model that says what it is told to, and keeps what it was given."""
+    """A model with given scores, which records its inputs."""
 
     def __init__(self, scores_BL2):
         self.scores_BL2 = scores_BL2

@@ -58,7 +58,7 @@ def draw(seed=0, shapes=SHAPES):
 
 
 def loss(params, x):
-    """Every number of every parameter has a gradient, and none the same."""
+    """Return a loss whose gradient is nonzero and distinct for every element."""
     return sum(jnp.sum(jnp.sin(leaf + x)) for leaf in jax.tree.leaves(params))
 
 
@@ -215,7 +215,7 @@ def test_rates_of_patterns_multiply():
 
 
 def test_frozen_layers_and_zero_rates_leave_averages_unchanged():
-    """Not by a bit, although averages are sums; a parameter that trains moves."""
+    """They stay bitwise equal, although averages are sums; trained parameters move."""
     trainable, params = TrainableMask("layers/1/"), draw()
     options = options_of(ema=0.9, rates="head=>0")
     trained, _ = trainable.split(params)

@@ -41,7 +41,7 @@ STILL = {
 
 
 def first_batch(experiment, dataset, steps=1):
-    """Gives a batch, as often as there are steps."""
+    """Return a batch, as often as there are steps."""
     return to_device(experiment.train_batches(dataset), [0] * steps, experiment.batch_sharding)
 
 

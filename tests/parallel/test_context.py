@@ -47,7 +47,7 @@ CASES = [
 
 @pytest.fixture
 def make(make_kind):
-    """Makes an experiment of a kind on a mesh."""
+    """Make an experiment of a kind on a mesh."""
 
     def make(kind, mesh, **overrides):
         config = make_kind(kind, train__steps=STEPS, **MERGED_OVERRIDES, **overrides)

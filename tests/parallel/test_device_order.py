@@ -12,7 +12,7 @@ from lm.parallel.mesh import AXES, make_mesh
 
 @dataclass(frozen=True)
 class Device:
-    """What a mesh is made by."""
+    """Device with the attributes that `make_mesh` reads."""
 
     id: int
     process_index: int

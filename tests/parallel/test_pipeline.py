@@ -128,7 +128,7 @@ TRIED = [
 
 @pytest.fixture
 def experiment_on(make_kind):
-    """Makes a kind of training with four layers, whose momentum after a step is the gradient."""
+    """Make a kind of training with four layers, whose momentum after a step is the gradient."""
 
     def make(kind, mesh, options, **overrides):
         values = {"model.n_layers": 4, "optimizer.name": "sgd", "optimizer.clip_norm": 0.0}

@@ -30,7 +30,7 @@ def compare(tmp_path, capsys):
 def test_equal_losses_pass_and_new_runs_may_come(compare):
     code, output = compare(LOSSES | {"masked encoder [1 device]": [4.0, 3.0, 2.0]})
     assert code == 0
-    assert output == "2 of 2 runs equal to the last bit, 1 only after\n"
+    assert output == "2 of 2 runs bitwise equal, 1 only after\n"
 
 
 def test_one_bit_fails_and_its_run_and_step_are_named(compare):

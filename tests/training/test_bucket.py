@@ -1,4 +1,4 @@
-"""Runs in a bucket, with a local emulator of Google's storage."""
+"""Run in a bucket, with a local emulator of Google's storage."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def source(tiny_config, folder):
 
 @pytest.fixture
 def tune(tiny_config, source):
-    """Trains a run from `source`; its folder is returned."""
+    """Train a run from `source`; its folder is returned."""
 
     def tune(run: Path, **changes) -> Path:
         train(tiny_config(data__sequence_length=16, init__from=str(source), **changes), run)

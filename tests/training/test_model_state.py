@@ -51,7 +51,7 @@ class CountingDecoder(Decoder):
 
 @pytest.fixture
 def make(monkeypatch):
-    """Makes experiments with a counting decoder."""
+    """Make experiments with a counting decoder."""
 
     def make(mesh=None, **overrides):
         mesh = mesh or {"data": 1}

@@ -20,7 +20,7 @@ PLAIN = {"model.dropout": 0.0, "model.attention_dropout": 0.0, "train.steps": 2}
 
 @pytest.fixture
 def saved():
-    """Returns the parameters of a run's checkpoint, by path."""
+    """Return the parameters of a run's checkpoint, by path."""
 
     def saved(workdir, step):
         checkpoints = {c.step: c for c in saved_checkpoints(workdir, lambda line: None)}

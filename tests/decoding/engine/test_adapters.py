@@ -62,7 +62,7 @@ def replies(engine, adapters, seed):
 
 
 def test_rows_of_one_batch_have_adapters_of_their_own(runs):
-    """Each reply is that of the run whose updates are merged; the base's has no bit of theirs."""
+    """Replies equal those of runs with merged updates; replies of the base are unaffected."""
     experiment, params, _ = restore_run(runs / "base", {}, ignore_line, any_batch=True)
     folders = {name: runs / name for name in ("attention", "all")}
     adapters = load_adapters(runs / "base", folders, experiment.param_infos)

@@ -53,7 +53,7 @@ OLMO = {  # OLMo 3, with Qwen2-MoE's experts
 
 
 def run(engine, requests, others=()):
-    """Tokens and reason of each request's end; `others` are served beside them."""
+    """Return tokens and finish reason of each request; `others` are served concurrently."""
     numbers, others = [], list(others)
     for request in requests:
         numbers.append(engine.add(request))
@@ -141,7 +141,7 @@ def test_replies_match_generate(make_engine, n_devices, changes):
 
 
 def test_reply_with_a_seed_depends_on_nothing_else(make_engine):
-    """Tokens and log-probabilities are equal to the last bit, alone and beside any others."""
+    """Tokens and log-probabilities are bitwise equal, alone and beside any others."""
     engine, experiment, params = make_engine(**ROTARY)
     seeded = [
         GenerationRequest(prompt, 12, seed=i, top_p=0.9, top_k=12, top_logprobs=3)
@@ -164,7 +164,7 @@ def test_reply_with_a_seed_depends_on_nothing_else(make_engine):
 
 
 def test_update_is_of_later_requests_alone(make_engine):
-    """Requests that wait when it comes have the parameters that they were added under."""
+    """Waiting requests keep the parameters at the time they were added."""
     engine, experiment, params = make_engine(**ROTARY)
     requests = [GenerationRequest(prompt, 5, seed=1) for prompt in PROMPTS]
     other = jax.tree.map(lambda x: x * 0.5, params)
@@ -355,7 +355,7 @@ class Stuck:
 
 
 def test_reply_cut_short_by_its_limits_is_incomplete(make_engine):
-    """It has no token that was not allowed, and says "length"; others go on."""
+    """It contains only allowed tokens and finishes with "length"; others continue."""
     engine, *_ = make_engine()
     requests = [
         GenerationRequest(PROMPTS[0], 9, limits=Stuck(), end_ids=ends) for ends in ((2,), ())

@@ -32,7 +32,7 @@ def problems(tmp_path_factory):
 
 @pytest.fixture
 def run(capsys):
-    """Gives what a `lm eval` prints, or its error."""
+    """Return what `lm eval` prints, or its error."""
 
     def evaluate(*words):
         code = main(["eval", *map(str, words)])

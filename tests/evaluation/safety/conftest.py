@@ -63,7 +63,7 @@ def one_device(one_device_in_module):
 
 @pytest.fixture
 def evaluate(run_folder, safety_data, capsys):
-    """Runs `lm eval --safety` on the run; gives stdout, or the error's one line."""
+    """Run `lm eval --safety` on the run; gives stdout, or the error's one line."""
 
     def evaluate(*words, **keys):
         keys = {

@@ -87,7 +87,7 @@ def test_figures_follow_the_lines_of_their_step_and_replace_earlier_ones(tmp_pat
 
 def test_encoders_have_the_metric_of_the_paper_and_that_of_all_tokens(safety_data):
     class Encoder(Subject):
-        """Model that likes the letters e and n."""
+        """Model that prefers the letters e and n."""
 
         is_encoder = True
 

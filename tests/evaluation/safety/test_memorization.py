@@ -18,12 +18,12 @@ from lm.evaluation.safety.suite import Subject
 
 
 def test_exposure_of_a_worked_example():
-    # log2 |R| - log2 rank: of 1,000 candidates 9.97 bits for the likeliest, 1 for the median.
+    # log2 |R| - log2 rank: of 1,000 candidates 9.97 bits for the most likely, 1 for the median.
     others = np.arange(-1000.0, -1.0)  # 999 others of a space of 1,000
     assert exposure(0.0, others) == pytest.approx(9.96578, abs=1e-5)
     assert exposure(-500.5, others) == pytest.approx(1.0)  # rank 500 of 1,000
     assert exposure(-2000.0, others) == 0.0
-    assert exposure(-2.0, np.full(999, -2.0)) == 0.0  # a model that tells nothing apart
+    assert exposure(-2.0, np.full(999, -2.0)) == 0.0  # a model that gives equal likelihoods
 
 
 class Text:
@@ -108,7 +108,7 @@ def test_canaries_in_a_corpus_of_tokens_are_rejected():
 
 def test_planted_canaries_are_found_and_others_are_not():
     class Memory(Subject):
-        """Model that remembers the canaries that stand often in the text."""
+        """Model that memorizes canaries that occur often in the text."""
 
         def log_likelihoods(self, pairs):
             planted = dict(zip(canary_lines(data)[0], repeats_of(data), strict=True))

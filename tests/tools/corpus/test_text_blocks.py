@@ -1,4 +1,4 @@
-"""Blocks of `lm corpus`: personal data, words, languages."""
+"""Block of `lm corpus`: personal data, words, languages."""
 
 import pickle
 import time
