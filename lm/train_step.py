@@ -244,7 +244,7 @@ class Steps:
     ) -> tuple[Params, LossSums, Between]:
         """Return the gradient of the summed loss, and loss sums, over all microbatches."""
 
-        def microbatch_gradients(
+        def gradients(
             before: Between, part: Batch, rng: jax.Array
         ) -> tuple[tuple[Params, LossSums], Between]:
             def loss(trained: Params) -> tuple[jax.Array, tuple[LossSums, Between]]:
@@ -256,11 +256,9 @@ class Steps:
             return (grads, sums), after
 
         if self.microbatches == 1:
-            (grads, sums), after = microbatch_gradients(before, batch, rng)
+            (grads, sums), after = gradients(before, batch, rng)
         else:
             from lm.parallel.gradient_accumulation import accumulate
 
-            (grads, sums), after = accumulate(
-                microbatch_gradients, self.microbatches, before, batch, rng
-            )
+            (grads, sums), after = accumulate(gradients, self.microbatches, before, batch, rng)
         return grads, sums, after

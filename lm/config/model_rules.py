@@ -178,7 +178,7 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     for name, others in _PATTERNS.items():
         for other in others:
             if model[name] and model[other] != SCHEMA[f"model.{other}"].default:
-                yield f"--config.model.{name} and --config.model.{other} exclude each other"
+                yield f"--config.model.{name} and --config.model.{other} are mutually exclusive"
     if model.mixer in STATE_SPACES:
         yield from _state_space_rules(config)
     if (model.mixer == "disentangled") != (model.positions == "disentangled"):
@@ -214,7 +214,10 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
     if model.family not in TRANSFORMERS:
         yield f"--config.model.mixer=mla is not supported with --config.model.family={model.family}"
     if model.qk_norm:
-        yield "--config.model.qk_norm is not for --config.model.mixer=mla, which normalizes latents"
+        yield (
+            "--config.model.qk_norm is not supported with --config.model.mixer=mla, which "
+            "normalizes latents"
+        )
     for name in ("attention_sinks", "attention_gate", "rope_norm", "nope_temperature"):
         if model[name]:
             yield (
@@ -226,10 +229,10 @@ def _mixer_rules(config: ConfigDict) -> Iterator[str]:
 def _state_space_rules(config: ConfigDict) -> Iterator[str]:
     model, named = config.model, f"--config.model.mixer={config.model.mixer}"
     if model.family != "decoder":
-        yield f"{named} is not for --config.model.family={model.family}"
+        yield f"{named} is not supported with --config.model.family={model.family}"
     objective = config.objective.name
     if OBJECTIVES.entries[objective].has_prefix:
-        yield f"{named} is not for --config.objective.name={objective}"
+        yield f"{named} is not supported with --config.objective.name={objective}"
     if model.ssm_heads % model.ssm_groups:
         yield (
             f"--config.model.ssm_heads={model.ssm_heads} is not divisible by "

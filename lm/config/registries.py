@@ -169,7 +169,9 @@ class MambaOptions:
         4, "State spaces: tokens that the convolution sees, its own included.", low=1, high=256
     )
     ssm_chunk: int = option(
-        64, "State spaces: tokens of a chunk, all pairs of which are multiplied at once.", low=1
+        64,
+        "State spaces: chunk length in tokens; within a chunk all pairs are multiplied at once.",
+        low=1,
     )
     ssm_bias: bool = option(False, "State spaces: biases of the projections.")
     ssm_conv_bias: bool = option(True, "State spaces: biases of the convolution.")

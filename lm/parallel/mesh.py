@@ -206,9 +206,7 @@ def parameter_axes(sizes: Mapping[str, int], name: str, size: int) -> tuple[str,
     """Return the mesh axes that shard a parameter's dimension; None if it is replicated."""
     axes = _rule(PARAMETERS, name)
     n = prod(sizes[axis] for axis in axes)
-    if LENGTH_AXIS in axes and (
-        size % n or sizes[LENGTH_AXIS] == 1
-    ):  # used only if it divides the dimension
+    if LENGTH_AXIS in axes and (size % n or sizes[LENGTH_AXIS] == 1):  # only if divisible
         axes = axes[:-1]
         n = prod(sizes[axis] for axis in axes)
     if size % n == 0:

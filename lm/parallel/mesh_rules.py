@@ -110,7 +110,7 @@ def _length_rules(config: ConfigDict, sizes: Mapping[str, int]) -> Iterator[str]
         )
     if context > 1 and config.model.mixer in STATE_SPACES:
         yield (
-            f"--config.parallel.mesh.context={context} is not for --config.model.mixer="
+            f"--config.parallel.mesh.context={context} is not supported with --config.model.mixer="
             f"{config.model.mixer}, whose states pass through whole sequences"
         )
     # Ring attention assigns two chunks of the sequence to each device, to balance causal work.

@@ -228,10 +228,7 @@ def lock(file: Path, problem: str = "", seconds: float = 2.0) -> Iterator[int]:
                     raise UserError(problem) from None
                 time.sleep(0.1)
             except OSError as error:
-                _warn(
-                    f"{file}: the file system has no locks ({error.strerror}): make sure that no "
-                    "other process uses it"
-                )
+                _warn(f"{file}: no file locks ({error.strerror}): use it in one process only")
                 break
         yield descriptor
     finally:

@@ -62,8 +62,16 @@ def test_packed_texts_do_not_see_each_other(values):
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        ({"context": 2}, {}, r"mesh\.context=2 is not for --config\.model\.mixer=mamba2"),
-        ({"context": 2}, DELTA, r"context=2 is not for --config\.model\.mixer=gated_delta"),
+        (
+            {"context": 2},
+            {},
+            r"mesh\.context=2 is not supported with --config\.model\.mixer=mamba2",
+        ),
+        (
+            {"context": 2},
+            DELTA,
+            r"context=2 is not supported with --config\.model\.mixer=gated_delta",
+        ),
         ({"tensor": 8}, {"model__n_heads": 8, "model__n_kv_heads": 8}, r"model\.ssm_heads=4 is"),
         ({"stage": 2}, HYBRID, r"stage=2 needs layers of one shape"),
         ({}, {"model__ssm_groups": 3}, r"ssm_heads=4 is not divisible by .*ssm_groups=3"),

@@ -60,7 +60,7 @@ def test_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, c
     monkeypatch.setattr(lm.storage.fcntl, "flock", flock)
     for problem in ("taken", ""):
         with lock(tmp_path / "lock", problem):
-            assert "the file system has no locks" in capsys.readouterr().err
+            assert "no file locks" in capsys.readouterr().err
 
 
 def test_failed_start_leaves_no_folder_but_keeps_a_runs_folder(tmp_path):

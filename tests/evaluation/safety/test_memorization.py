@@ -86,9 +86,9 @@ def test_canaries_follow_from_the_format_alone():
         ({"canary_format": "#"}, "enough for twice"),
         ({"canary_format": "#" * 16}, "use 1 to 15"),
         ({"canary_format": "a\n##"}, "one line"),
-        ({"canary_repeats": ()}, "numbers from 1"),
-        ({"canary_repeats": (0.0, 1.0)}, "numbers from 1"),
-        ({"canary_repeats": (1.5,)}, "numbers from 1"),
+        ({"canary_repeats": ()}, "numbers of 1 or more"),
+        ({"canary_repeats": (0.0, 1.0)}, "numbers of 1 or more"),
+        ({"canary_repeats": (1.5,)}, "numbers of 1 or more"),
     ],
 )
 def test_canaries_that_cannot_be_are_one_line_errors(values, message):
