@@ -86,7 +86,7 @@ def test_hanging_tracker_is_reported_once(monkeypatch, capsys, rows):
     tracker.close()
     assert time.monotonic() - began < 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Mine failed (it)
+    assert line.startswith("Mine failed (it")
     release.set()
 
 
