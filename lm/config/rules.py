@@ -63,10 +63,7 @@ def _training_rules(config: ConfigDict) -> Iterator[str]:
     if config.init.vectors and config.init["from"]:
         yield "--config.init.from and --config.init.vectors are mutually exclusive"
     if config.schedule.name == "inverse" and not config.schedule.final_ratio:
-        yield (
-            "--config.schedule.name=inverse never reaches 0: "
-            "set --config.schedule.final_ratio above"
-        )
+        yield "--config.schedule.name=inverse never reaches 0: raise --config.schedule.final_ratio"
     sizes = list(config.parallel.mesh.values())
     if 0 in sizes or sizes.count(-1) > 1:
         yield "--config.parallel.mesh: sizes must be 1 or more, and at most one may be -1"
