@@ -101,7 +101,10 @@ BAD = {
     "number": ({"messages": [{"role": "user", "content": 3}]}, "type int, not text"),
     "part": ({"messages": [{"role": "user", "content": [3]}]}, "type int, not text"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' is not"),
-    "surrogate": ({"messages": [{"role": "user", "content": "\ud83d"}]}, "message 1 is not UTF-8"),
+    "surrogate": (
+        {"messages": [{"role": "user", "content": "\ud83d"}]},
+        "message 1 is not valid UTF-8",
+    ),
     "weight": ({"messages": [{**HELLO[1], "weight": 2}]}, "weight 2 is neither 0 nor 1"),
     "user alone": ({"messages": HELLO[:1]}, "no assistant message to train on"),
     "silent": ({"messages": [HELLO[0], {**HELLO[1], "content": " "}]}, "to train on"),

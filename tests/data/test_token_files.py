@@ -165,7 +165,7 @@ def test_documents_are_held_out_and_are_text(token_data, tmp_path):
         (b"abc", {}, "not a multiple of uint16"),
         (b"", {}, "contains no"),
         (llm_c([2, 1]), {"token_dtype": "uint32"}, "holds uint16, not"),
-        (llm_c([2, 1])[:-1], {"token_dtype": ""}, "cut or damaged"),
+        (llm_c([2, 1])[:-1], {"token_dtype": ""}, "truncated or damaged"),
         (struct.pack("<256i", 20240520, 9, *[0] * 254), {}, "of unknown version 9"),
         (b"\2\0", {"token_dtype": ""}, "has no header: set --config.data.token_dtype"),
         (b"\2\0", {"end_token": "zzz"}, "the tokenizer has no such token"),
@@ -184,7 +184,7 @@ def test_wrong_token_files_are_one_line_errors(token_data, tmp_path, content, ch
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda index, tokens: (index[:-1], tokens), "cut or damaged"),
+        (lambda index, tokens: (index[:-1], tokens), "truncated or damaged"),
         (lambda index, tokens: (index[:20], tokens), "or truncated"),
         (lambda index, tokens: (b"x" * 99, tokens), "not an index of Megatron"),
         (lambda index, tokens: (b"TNTIDX\0\0" + index, tokens), "old format"),

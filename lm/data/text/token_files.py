@@ -344,10 +344,10 @@ def _read_index(path: Path, tokens: Path) -> tuple[TokenRun, np.ndarray]:
         size = head + 12 * n + 8 * n_bounds
         has_documents = len(content) in (size, size + n)  # with a mode per sequence if multimodal
         if not has_documents:
-            raise UserError(f"{path}: cut or damaged: {len(content)} bytes instead of {size}")
+            raise UserError(f"{path}: truncated or damaged: {len(content)} bytes instead of {size}")
         bounds = np.frombuffer(content, "<i8", n_bounds, head + 12 * n)
     elif has_documents:
-        raise UserError(f"{path}: cut or damaged")
+        raise UserError(f"{path}: truncated or damaged")
     else:
         bounds = np.arange(n + 1)
     lengths = np.frombuffer(content, "<i4", n, head).astype(np.int64)

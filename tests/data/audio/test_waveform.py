@@ -78,7 +78,7 @@ WHOLE = {
 def test_truncated_file_is_rejected(tmp_path_factory, name, part):
     path = tmp_path_factory.mktemp("a") / "a"
     path.write_bytes(WHOLE[name][: int(part * len(WHOLE[name]))])
-    with pytest.raises(BadRow, match=f"^{path}: (cut|not? |longer)"):
+    with pytest.raises(BadRow, match=f"^{path}: (truncated|not? |longer)"):
         read_waveform(path, 10)
 
 
