@@ -294,7 +294,7 @@ def test_content_parts_are_joined(client):
         body = {"messages": [{"role": "user", "content": [part]}]}
         answer = client.post("/v1/chat/completions", json=body)
         assert answer.status_code == 400
-        assert "must be a text" in answer.json()["error"]["message"]
+        assert "must be text" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

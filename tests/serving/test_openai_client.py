@@ -108,7 +108,7 @@ def test_errors_are_the_clients_exceptions(api):
     assert raised.value.param == "temperature"
     with pytest.raises(openai.BadRequestError, match="does not support"):
         api.completions.create(model="tiny", prompt="a", suffix="b")
-    with pytest.raises(openai.BadRequestError, match="at most 255"):
+    with pytest.raises(openai.BadRequestError, match="the maximum is 255"):
         api.completions.create(model="tiny", prompt="a" * 300)
 
 

@@ -69,7 +69,7 @@ def test_incidents_that_cannot_be_written_stop_nothing(tmp_path, capsys):
         (["launch", "--processes", "2"], "lm launch needs a command"),
         (["launch", "--processes", "2", "--", "params"], "-- must be followed by train"),
         (["launch", "--processes", "2", "--"], "-- must be followed by train"),
-        (["launch", "--processes", "0", "--", *TRAIN], "not a number from 1"),
+        (["launch", "--processes", "0", "--", *TRAIN], "not a number of at least 1"),
         (["launch", "--processes", "2", "--", *TRAIN, "--process_id=0"], "sets --process_id"),
         (["launch", "--processes", "2", "--gpus", "3", "--", *TRAIN], "not divisible"),
         (["launch", "--processes", "2", "--config.seed=1", "--", *TRAIN], "goes after --"),

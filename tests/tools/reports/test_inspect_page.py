@@ -119,7 +119,7 @@ def test_other_models_and_targets_of_encoders_are_rejected():
         ("", "has no texts"),
         ("[1]", "1: not a JSON object"),
         ('{"prompt": 1}', "1: no text in a field 'prompt', 'source' or 'text'"),
-        ('{"prompt": "a", "target": 2}', "1: 'target' must be a text"),
+        ('{"prompt": "a", "target": 2}', "1: 'target' must be a string"),
     ],
 )
 def test_bad_line_of_texts_is_named(tmp_path, line, message):
