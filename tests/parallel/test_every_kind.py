@@ -19,7 +19,7 @@ ON_ONE_DEVICE: dict[str, Any] = {}
 
 @pytest.fixture
 def run(make_kind):
-    """Train a kind on a mesh: its losses, and the state after them."""
+    """Trains a kind on a mesh: its losses, and the state after them."""
 
     def run(kind, mesh, **overrides):
         if not mesh and kind in ON_ONE_DEVICE:
@@ -61,7 +61,7 @@ def test_losses_with_dropout_equal_those_of_one_device(run, kind):
 
 @pytest.mark.parametrize("kind", ["causal lstm", "masked encoder", "seq2seq encoder_decoder"])
 def test_microbatches_on_a_mesh_equal_one_batch_on_one_device(run, kind):
-    """The carry between batches is split by rows like the microbatches."""
+    """Also what is carried from batch to batch goes to the microbatch of its row."""
     expected, before = run(kind, {})
     found, after = run(kind, {"data": 2, "fsdp": 2}, train__microbatches=2)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -30,7 +30,7 @@ def ramped_config(make_kind):
     return make_kind("causal decoder", **RAMPS, **{"train.steps": 8, "model.dropout": 0.0})
 
 
-def test_stages_match_both_ramps():
+def test_stages_are_those_of_both_ramps():
     config = default()
     for key, value in RAMPS.items():
         set_value(config, key, value)
@@ -59,7 +59,7 @@ def test_every_row_is_in_one_batch_in_order(ramped_config):
             row += 1
 
 
-def test_run_resumes_within_and_across_stages(ramped_config, tmp_path):
+def test_a_run_goes_on_within_a_stage_and_across_them(ramped_config, tmp_path):
     """On two devices; tokens of a step are those of its batch."""
     config = ramped_config
     set_value(config, "parallel.mesh.data", 2)
@@ -107,7 +107,7 @@ def test_cost_counts_the_tokens_of_the_ramps(ramped_config):
         ({"data.order": "contiguous"}, "is not supported with --config.data.order=contiguous"),
     ],
 )
-def test_invalid_input_is_rejected(changes, words):
+def test_what_is_refused(changes, words):
     config = default()
     for key, value in (RAMPS | changes).items():
         set_value(config, key, value)

@@ -22,7 +22,7 @@ RESUMED = [
 
 @pytest.mark.parametrize("kind", RESUMED)
 @pytest.mark.usefixtures("one_device")
-def test_resuming_is_bitwise_exact(make_kind, tmp_path, kind):
+def test_going_on_changes_no_bit(make_kind, tmp_path, kind):
     config = make_kind(kind, train__steps=6, checkpoint__every_steps=3)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train(config, whole)
@@ -59,7 +59,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("case", OPTIMIZERS)
 @pytest.mark.usefixtures("one_device")
-def test_every_optimizer_resumes(make_kind, tmp_path, case):
+def test_every_optimizer_goes_on(make_kind, tmp_path, case):
     options = {f"optimizer.{key}": value for key, value in OPTIMIZERS[case].items()}
     plain = {"train.steps": 4, "checkpoint.every_steps": 2, "schedule.name": "constant"}
     config = make_kind("causal decoder", **plain, **options)
@@ -75,7 +75,7 @@ def test_every_optimizer_resumes(make_kind, tmp_path, case):
     assert evaluations(cut) == evaluations(whole)
 
 
-def test_experts_resume_on_another_mesh(make_kind, tmp_path):
+def test_experts_go_on_on_another_mesh(make_kind, tmp_path):
     """One expert a device, then two of them, each in two parts."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {
