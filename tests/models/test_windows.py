@@ -29,7 +29,7 @@ MESH = {"stage": 2, "context": 2, "tensor": 2}
 
 def test_losses_and_gradients_equal_those_of_one_device(make_kind):
     """Layers in a circular pipeline, keys gathered over a cut length, heads on two devices."""
-    trained = []
+    trained, start = [], None
     for mesh, options in (({}, {}), (MESH, {"parallel__pipeline__repeats": 2})):
         config = make_kind("causal decoder", **GEMMA, **options)
         config.parallel.mesh.update({"data": 1, **mesh})
@@ -38,7 +38,9 @@ def test_losses_and_gradients_equal_those_of_one_device(make_kind):
         assert experiment.attention.kernel == "xla"
         batches = experiment.train_batches(dataset)
         arrays = to_device(batches, range(2), experiment.batch_sharding)
-        state, metrics = experiment.train_steps(experiment.init_state(), arrays)
+        start = start or jax.device_get(experiment.init_state())
+        placed = jax.device_put(start, experiment.state_sharding)
+        state, metrics = experiment.train_steps(placed, arrays)
         trained += [(np.asarray(metrics["loss"]), jax.device_get(state.params))]
     (expected, before), (losses, after) = trained
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

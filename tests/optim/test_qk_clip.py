@@ -103,10 +103,11 @@ def test_mesh_and_microbatches_change_nothing(make_kind):
     config.train.microbatches = 2
     config.parallel.mesh.update({"data": 1, "fsdp": 2, "context": 2, "tensor": 2})
     spread, _ = build_with_data(config, jax.devices())
-    results = []
+    results, start = [], jax.device_get(alone.init_state())
     for experiment in (alone, spread):
         batches = first_batch(experiment, dataset, 3)
-        state, metrics = experiment.train_steps(experiment.init_state(), batches)
+        placed = jax.device_put(start, experiment.state_sharding)
+        state, metrics = experiment.train_steps(placed, batches)
         results.append(jax.device_get((state.params, state.model_state, metrics)))
     assert (results[0][2]["clipped_heads"] > 0).all()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), *results)

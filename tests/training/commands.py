@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm.experiment import build
+from lm import experiment
 from lm.runs.checkpoints import Checkpoints
 from lm.runs.workdir import load_run_config
 
@@ -80,9 +80,9 @@ def losses(workdir: Path) -> dict[int, float]:
 def saved_state(workdir: Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint, by its path."""
     config = load_run_config(workdir, {})
-    experiment = build(config, jax.devices())
+    built = experiment.build(config, jax.devices())
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, {})
-    state = checkpoints.restore(experiment.state_shapes, experiment.state_sharding, pytest.fail)
+    state = checkpoints.restore(built.state_shapes, built.state_sharding, pytest.fail)
     checkpoints.close()
     leaves = jax.tree.leaves_with_path(jax.device_get(state))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from commands import arguments, finish, start
 
+from lm import experiment
+
 SMALL = {
     "model.n_layers": 2,
     "model.d_model": 32,
@@ -47,3 +49,17 @@ def undisturbed(experiment_file, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     finish(start(arguments(experiment_file, workdir)))
     return workdir
+
+
+@pytest.fixture
+def one_build(monkeypatch):
+    """Starts of one configuration have one experiment, whose functions are compiled once."""
+    built, build = {}, experiment.build
+
+    def build_once(config, devices, tokenizer=None):
+        key = config.to_json(), tuple(devices), tokenizer and tokenizer.digest
+        if key not in built:
+            built[key] = build(config, devices, tokenizer)
+        return built[key]
+
+    monkeypatch.setattr(experiment, "build", build_once)

@@ -59,6 +59,7 @@ def test_every_row_is_in_one_batch_in_order(ramped_config):
             row += 1
 
 
+@pytest.mark.usefixtures("one_build")
 def test_a_run_goes_on_within_a_stage_and_across_them(ramped_config, tmp_path):
     """On two devices; tokens of a step are those of its batch."""
     config = ramped_config
