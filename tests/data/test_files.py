@@ -43,7 +43,7 @@ def test_links_and_loops_are_read_once(tmp_path, capsys):
         (inner / f"loop{number}").symlink_to(tmp_path)
     files = find_files("**/*.txt", _data(tmp_path))
     assert files == (inner / "x.txt", tmp_path / "y.txt")
-    assert "a/same.txt: the same file as" in capsys.readouterr().err
+    assert "a/same.txt: is the same file as" in capsys.readouterr().err
     assert [path.name for path in find_files("a/**", _data(tmp_path))] == ["y.txt", "x.txt"]
 
 
