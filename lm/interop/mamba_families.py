@@ -100,8 +100,10 @@ def _read_mixer(hf: Values, names: dict[str, str], bias: str, conv_bias: str) ->
 
 def _step_limits(value: Any) -> tuple[float, float]:
     """Return the limits of step sizes, of which 0 is none, from `time_step_limit`."""
-    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else (0.0, value)
-    if high is None or high in (inf, _INFINITY):
+    if value is None:
+        return 0.0, 0.0
+    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else ("", "")
+    if high in (None, inf, _INFINITY):
         high = 0.0
     for limit in (low, high):
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit < inf:
