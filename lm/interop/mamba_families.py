@@ -7,7 +7,7 @@ of its inputs as another.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import inf
+from math import inf, nan
 from typing import Any
 
 from lm.config.model_rules import rotary_width
@@ -102,7 +102,7 @@ def _step_limits(value: Any) -> tuple[float, float]:
     """Return the limits of step sizes, of which 0 is none, from `time_step_limit`."""
     if value is None:
         return 0.0, 0.0
-    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else ("", "")
+    low, high = value if isinstance(value, list | tuple) and len(value) == 2 else (nan, nan)
     if high in (None, inf, _INFINITY):
         high = 0.0
     for limit in (low, high):

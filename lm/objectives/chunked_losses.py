@@ -52,12 +52,11 @@ def losses_in_parts(
         of: name of the model's method that computes logits.
     """
     shares_rows = count_shards("rows") * count_shards("length") > 1
-    if not (shares_rows and count_shards("vocab") == 1):
+    c, shares_vocabulary = model.config, count_shards("vocab") > 1
+    if not shares_rows or shares_vocabulary or not isinstance(c, TransformerConfig) or c.copy:
         return in_chunks(compute, model, x_BTD, targets_BT)
-    if not isinstance(model.config, TransformerConfig):
-        return in_chunks(compute, model, x_BTD, targets_BT)
-    V, n_columns = model.config.vocab_size, x_BTD.shape[1] // count_shards("length")
-    size = -(-V * model.config.loss_chunk // n_columns)
+    V, n_columns = c.vocab_size, targets_BT.shape[1] // count_shards("length")
+    size = -(-V * c.loss_chunk // n_columns)
     size = -(-size // LANES) * LANES
     if size >= V:
         return compute(model, x_BTD, targets_BT)

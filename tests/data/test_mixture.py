@@ -184,7 +184,7 @@ def test_only_the_future_of_a_mixture_may_change(source, schedule, step, same):
         ({"data__epochs": (1e308, 1e308)}, "at most 1e.30"),
         ({"data__schedule": "0: 1e308 1"}, "0 to 1e.30"),
         ({"data__schedule": "0: 1"}, "1 weights for 2 sources"),
-        ({"data__schedule": "0: 1 1", "data__weights": (1, 1)}, "give one of them"),
+        ({"data__schedule": "0: 1 1", "data__weights": (1, 1)}, "set only one of them"),
         ({"data__epochs": (1.0,)}, "has 1 numbers for 2 corpora"),
         ({"data__epochs": (1.0, 0.0)}, "every epoch must be above 0"),
     ],

@@ -205,7 +205,7 @@ def test_missing_gcsfs_names_the_install_command(monkeypatch, capsys):
 def test_sweep_needs_a_folder(capsys):
     sweep = "experiments/sweeps/learning_rate_width.py"
     assert main(["sweep", f"--config={sweep}", "--workdir=gs://runs/sweep"]) == 2
-    assert "a folder of this machine" in capsys.readouterr().err
+    assert "a local or mounted folder" in capsys.readouterr().err
 
 
 def test_forks_out_of_and_into_a_bucket(killed, undisturbed, experiment_file, bucket, tmp_path):
