@@ -45,7 +45,7 @@ def test_answers_are_kept_and_can_be_undone(session):
     assert said(session) == ["a", "to a 5"]
     session.restart()
     for action in (session.take_back, session.answer_again):
-        with pytest.raises(UserError, match="nothing to undo|no question"):
+        with pytest.raises(UserError, match=r"nothing to undo|no question"):
             action()
 
 
