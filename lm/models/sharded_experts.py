@@ -316,7 +316,7 @@ def _grouped_linear(
     )
     if bias is not None:
         # The bias is also a product, whose gradient sums over groups.
-        ends_E, rows_S1 = jnp.cumsum(sizes_E), jnp.arange(len(x_SD))[:, None]
+        ends_E, rows_S1 = jnp.cumsum(sizes_E), jnp.arange(x_SD.shape[0])[:, None]
         is_in_group_SE = (rows_S1 >= ends_E - sizes_E) & (rows_S1 < ends_E)
         y_SF += matmul(is_in_group_SE * ones_S1, bias.value, dtype)
     return y_SF.astype(dtype)
