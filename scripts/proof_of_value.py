@@ -364,7 +364,7 @@ def compare(before: Path, after: Path) -> int:
             cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
             print("  ".join(cells).rstrip())
     n_equal = len(old["losses"]) - max(0, len(rows) - 1)
-    print(f"{n_equal} of {len(old['losses'])} runs equal to the last bit, {len(added)} only after")
+    print(f"{n_equal} of {len(old['losses'])} runs bitwise equal, {len(added)} only after")
     return int(bool(rows))
 
 

@@ -31,6 +31,7 @@ BERT = {
 }
 PREFIX = {"objective.name": "prefix"}
 SINKS = {"model.attention_sinks": True}
+LOCAL_ENCODER = {"model.family": "encoder", "objective.name": "masked", "model.window": 256}
 CHUNKS = {"model.window": 512, "model.window_chunks": True}
 GEMMA = {"model.window": 512, "model.global_every": 2, "model.attention_softcap": 50.0}
 
@@ -70,8 +71,14 @@ def choice(platform, values=None, capability="", **sizes):
         ("tpu", {"model.attention": "blockwise"}, {}, "blockwise", "as configured"),
         ("tpu", GEMMA, {}, "splash", "the one for tpu"),
         ("cpu", SINKS, {}, "tiled", "the one for cpu"),
-        ("tpu", SINKS, {}, "xla", "splash cannot be used with --config.model.attention_sinks=True"),
-        ("gpu", CHUNKS, {}, "xla", "cudnn cannot .*window_chunks=True .1024 tokens"),
+        ("tpu", SINKS, {}, "splash", "the one for tpu"),
+        ("tpu", SINKS, {"context": 2}, "splash", "the one for tpu"),
+        ("gpu", SINKS, {}, "triton", "tokamax cannot be used with .*attention_sinks=True"),
+        ("tpu", LOCAL_ENCODER, {}, "splash", "the one for tpu"),
+        ("gpu", LOCAL_ENCODER, {}, "triton", "cudnn cannot .*window=256 of an encoder"),
+        ("tpu", LOCAL_ENCODER, {"context": 2}, "splash", "the one for tpu"),
+        ("gpu", CHUNKS, {}, "tokamax", "cudnn cannot .*several texts"),
+        ("tpu", CHUNKS, {}, "splash", "the one for tpu"),
         ("tpu", CHUNKS | {"model.window": 1024}, {}, "splash", "the one for tpu"),
         ("cpu", SINKS, {"context": 2}, "xla", "tiled cannot be used with .*mesh.context=2"),
         (
@@ -224,5 +231,5 @@ def test_length_indivisible_by_the_mesh_is_an_error(overrides, message):
 def test_start_of_training_says_which_kernel_runs_and_why():
     said = describe(built(parallel__mesh__context=4))
     assert "attention kernel xla (tiled cannot be used with --config.parallel" in said
-    assert "ring over 4 parts of the sequence" in said
+    assert "ring over 4 sequence shards" in said
     assert "attention kernel tiled (the one for cpu)" in describe(built())

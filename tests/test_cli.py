@@ -101,8 +101,8 @@ WRONG_CONFIGS = {
     "weights": (["--config.data.weights=1,2"], "2 numbers for 1"),
     "coordinator alone": (["--coordinator", "localhost:1"], "must be given together"),
     "unknown option": (["--workdri", "x"], "unrecognized arguments"),
-    "key as an option": (["--model.d_model=8"], "is --config.model.d_model=VALUE"),
-    "key as a word": (["model.d_model=8"], "is --config.model.d_model=VALUE"),
+    "key as an option": (["--model.d_model=8"], "written --config.model.d_model=VALUE"),
+    "key as a word": (["model.d_model=8"], "written --config.model.d_model=VALUE"),
 }
 
 

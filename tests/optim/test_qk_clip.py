@@ -24,7 +24,7 @@ LATENT = {
     "model.n_kv_heads": 0,
 }
 CASES = {
-    "heads with biases": ("prefix decoder", {}),
+    "heads with biases": ("prefix decoder", {"model.mixer": "attention"}),
     "grouped heads, windows": ("causal decoder", {"model.window": 4}),
     "latent attention": ("causal decoder", LATENT),
     "a source": ("seq2seq encoder_decoder", {}),
