@@ -119,5 +119,5 @@ def _shrink_depth(model: ConfigDict) -> None:
         if model[name]:
             model[name] = min(model[name], model.dense_layers + 2 * period + n % period)
     if model.attention_layers:
-        n = len(model.attention_layers)
+        n = min(3, len(model.attention_layers))
         model.n_layers, model.attention_layers = 2 * n + 1, tuple(range(2, 2 * n + 1, 2))
