@@ -19,7 +19,7 @@ LARGEST = {
     **{"model.relative_max_distance": 12, "model.rope_original_length": 8},
     **{"model.nope_temperature_length": 8, "model.q_lora_rank": 24, "model.kv_lora_rank": 16},
     **{"model.qk_nope_head_dim": 16, "model.v_head_dim": 16, "model.ssm_heads": 4},
-    **{"model.ssm_head_dim": 8, "model.ssm_state": 16, "model.ssm_chunk": 8},
+    **{"model.ssm_head_dim": 8, "model.ssm_state": 16, "model.ssm_chunk": 8, "model.ssm_groups": 2},
     **{"data.sequence_length": 32, "data.target_length": 16},
     **{"data.stride": 8, "data.doc_stride": 4, "data.tokenizer_min_count": 1},
     **{"schedule.warmup_steps": 2, "schedule.hold_steps": 1, "schedule.step_every": 2},
