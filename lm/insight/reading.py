@@ -10,7 +10,7 @@ stream, V vocabulary, N layers, K alternatives, X tokens read by the end of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,7 @@ class Passage:
         mask: id that replaces a predicted token in an encoder; -1 for others.
         n_prefix: number of tokens with bidirectional attention (prefix LM).
         classes: class names, if a class of the text is predicted instead of tokens.
+        multi_label: whether each class has a probability of its own.
     """
 
     tokens: np.ndarray
@@ -69,6 +70,7 @@ class Passage:
     mask: int = -1
     n_prefix: int = 0
     classes: tuple[str, ...] = ()
+    multi_label: bool = False
 
 
 @flax.struct.dataclass
@@ -160,7 +162,8 @@ def make_passage(
         record = Record({}, {"text": tokenizer.encode(text)}, None, None)
         tokens = _checked("prompt", objective.row(record)[0].tolist(), model)
         one = np.zeros(1 if has_heads and objective.labels else 0, np.int32)
-        return Passage(tokens, one, one - 1, classes=objective.labels)
+        passage = Passage(tokens, one, one - 1, classes=objective.labels)
+        return replace(passage, multi_label=objective.multi_label)
     if is_encoder_decoder(model):
         source = _checked("source", source_ids(tokenizer, text, 10**9), model)
         if target is None:
@@ -262,6 +265,7 @@ class _Rows(flax.struct.PyTreeNode):
     source_S: Any = None
     source_segments_S: Any = None
     is_class: bool = flax.struct.field(pytree_node=False, default=False)
+    multi_label: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def read(experiment: Experiment, params: Params, passage: Passage) -> Reading:
@@ -323,7 +327,8 @@ def _rows(passage: Passage, model: nn.Module) -> _Rows:
     if passage.mask < 0:
         parts = (tokens[None], segments[None], positions[None], targets[None])
         prefixed = prefix if passage.n_prefix else None
-        return _Rows(*parts, prefix_L=prefixed, is_class=bool(passage.classes), **of_source)
+        rows = _Rows(*parts, prefix_L=prefixed, is_class=bool(passage.classes), **of_source)
+        return rows.replace(multi_label=passage.multi_label)
     masked = np.tile(tokens, (len(positions), 1))
     masked[np.arange(len(positions)), positions] = passage.mask
     return _Rows(masked, np.tile(segments, (len(masked), 1)), positions[:, None], targets[:, None])
@@ -391,7 +396,7 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
             logits_QV = logits_BLV[0, positions_Q]
             chosen_Q = jnp.where(targets_Q < 0, logits_QV.argmax(-1), targets_Q)
             residual = captured["decoder/residual" if len(changes) > 1 else "residual"]
-            found_Q = _at(jax.nn.log_softmax(logits_QV), chosen_Q)
+            found_Q = _at(_log_probabilities(logits_QV, rows.multi_label), chosen_Q)
             seen = slice(None) if rows.is_class else positions_Q
             read_N = [x_BLW[0, seen] for x_BLW in residual]
             return found_Q, (logits_QV, chosen_Q, read_N, embedded)
@@ -419,11 +424,11 @@ def _predict(model: nn.Module, variables: Any, rows: _Rows) -> Predictions:
         def lens_of(x_XW: jax.Array) -> PredictionScores:
             with nn.intercept_methods(_replace_layers(x_XW)):
                 logits_BQV: Any = nn.apply(end, model)(variables)
-            return _score(logits_BQV[0], chosen_Q, N_LENS)
+            return _score(logits_BQV[0], chosen_Q, N_LENS, rows.multi_label)
 
         lens = jax.lax.map(lens_of, residual_NXW)
         return Predictions(
-            _score(logits_QV, chosen_Q, N_ALTERNATIVES),
+            _score(logits_QV, chosen_Q, N_ALTERNATIVES, rows.multi_label),
             jax.tree.map(lambda x: x.swapaxes(0, 1), lens),
             attribution,
             of_source[0] if of_source else None,
@@ -449,21 +454,31 @@ def _replace_layers(x_XW: jax.Array) -> Callable[..., Any]:
     return replace_layers
 
 
-def _score(logits_QV: jax.Array, chosen_Q: jax.Array, n: int) -> PredictionScores:
+def _log_probabilities(logits_QV: jax.Array, multi_label: bool) -> jax.Array:
+    return jax.nn.log_sigmoid(logits_QV) if multi_label else jax.nn.log_softmax(logits_QV)
+
+
+def _score(
+    logits_QV: jax.Array, chosen_Q: jax.Array, n: int, multi_label: bool
+) -> PredictionScores:
     """Compute the scores of predictions.
 
     Args:
         logits_QV: logits.
         chosen_Q: target ids.
         n: number of alternatives.
+        multi_label: whether each class has a probability of its own.
     """
-    scores_QV = jax.nn.log_softmax(logits_QV)
+    scores_QV = _log_probabilities(logits_QV, multi_label)
+    entropy_QV = -jnp.exp(scores_QV) * scores_QV
+    if multi_label:  # of each class
+        entropy_QV += -jax.nn.sigmoid(-logits_QV) * jax.nn.log_sigmoid(-logits_QV)
     own_Q = _at(scores_QV, chosen_Q)
     best_QK, ids_QK = jax.lax.top_k(scores_QV, min(n, scores_QV.shape[-1]))
     return PredictionScores(
         loss=-own_Q,
         rank=1 + (scores_QV > own_Q[:, None]).sum(-1),
-        entropy=-(jnp.exp(scores_QV) * scores_QV).sum(-1),
+        entropy=entropy_QV.sum(-1),
         ids=ids_QK,
         probabilities=jnp.exp(best_QK),
     )

@@ -55,7 +55,7 @@ def losses_in_parts(
     c, shares_vocabulary = model.config, count_shards("vocab") > 1
     if not shares_rows or shares_vocabulary or not isinstance(c, TransformerConfig) or c.copy:
         return in_chunks(compute, model, x_BTD, targets_BT)
-    V, n_columns = c.vocab_size, targets_BT.shape[1] // count_shards("length")
+    V, n_columns = c.vocab_size, -(-targets_BT.shape[1] // count_shards("length"))
     size = -(-V * c.loss_chunk // n_columns)
     size = -(-size // LANES) * LANES
     if size >= V:

@@ -72,7 +72,7 @@ async def classify(exchange: Exchange, body: Body, limits: RequestLimits) -> Jso
     model = _model(exchange)
     texts = body.texts("input", _MOST_TEXTS)
     body.finish()
-    if model.kind != "classify":
+    if model.kind != "classify" or not model.experiment.objective.class_names:
         raise ApiError(400, f"the model {exchange.name} is not a classifier", "model")
     if not texts:
         raise wrong("input", "it must be a text or a list of texts")

@@ -164,7 +164,8 @@ def test_norms_add_up(known):
         assert (residual[1:] <= residual[:-1] + updates.sum(1) + 1e-5).all()
 
 
-def test_class_is_predicted_from_the_whole_text():
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_class_is_predicted_from_the_whole_text(multi_label):
     config = default()
     values = {"model.n_layers": 1, "model.family": "encoder", "model.n_classes": 3}
     values |= {"objective.name": "classification", "data.labels": "x,y,z"}
@@ -183,14 +184,16 @@ def test_class_is_predicted_from_the_whole_text():
         return model.classify(model.pooled(x_BLD, np.ones((1, len(TOKENS)), np.int32)))[0]
 
     variables = nn.meta.unbox(jax.jit(partial(model.init, method=scores))(jax.random.key(0)))
-    passage = Passage(TOKENS, *np.array([[0], [-1]], np.int32), classes=("x", "y", "z"))
+    of_class = {"classes": ("x", "y", "z"), "multi_label": multi_label}
+    passage = Passage(TOKENS, *np.array([[0], [-1]], np.int32), **of_class)
     reading = read(SimpleNamespace(model=model), variables["params"], passage)
     found = reading.predictions
 
     @jax.jit
     @jax.value_and_grad
     def most_likely(scale):
-        return jax.nn.log_softmax(model.apply(variables, scale, method=scores)).max()
+        logits = model.apply(variables, scale, method=scores)
+        return (jax.nn.log_sigmoid if multi_label else jax.nn.log_softmax)(logits).max()
 
     expected, derivative = most_likely(1.0)
     np.testing.assert_allclose(found.scores.loss, [-expected], atol=1e-5)

@@ -192,6 +192,19 @@ def test_blocks_of_the_vocabulary_have_their_biases(make_kind):
     np.testing.assert_allclose(found({"fsdp": 2}, 2, 1), found({}, 1, 0), rtol=1e-5)
 
 
+def test_losses_in_parts_of_rows_with_fewer_targets_than_devices(make_kind):
+    more = {"train__loss_chunk": 1, "model__vocab_size": 300, "model__attention_dropout": 0.0}
+    config = make_kind("masked encoder", train__steps=2, **more)
+    config.parallel.mesh.update({"data": 1, "context": 4})
+    experiment = build_with_data(config, jax.devices()[:4])[0]
+    shapes = {
+        name: jax.ShapeDtypeStruct((1, *s.shape), s.dtype)
+        for name, s in experiment.batch_shapes.items()
+    }
+    metrics = jax.eval_shape(experiment.train_steps, experiment.state_shapes, shapes)[1]
+    assert metrics["loss"].shape == (1,)
+
+
 def test_batches_are_cut_by_rows_and_by_length():
     experiment = experiment_on({"data": 2, "context": 4})
     assert batches(experiment, 1)["inputs"].sharding.shard_shape((1, 8, 16)) == (1, 4, 4)

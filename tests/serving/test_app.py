@@ -175,6 +175,15 @@ def test_texts_that_no_vector_or_class_is_of_are_rejected(client):
             assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_regression_has_no_class_probabilities(client, monkeypatch):
+    model = client.server.models["films"]
+    steps = model.experiment.steps
+    steps = replace(steps, objective=replace(steps.objective, labels=()))
+    monkeypatch.setattr(model, "experiment", replace(model.experiment, steps=steps))
+    response = client.post("/classify", json={"model": "films", "input": "b"})
+    assert (response.status_code, "not a classifier" in response.text) == (400, True)
+
+
 def test_models_in_whole_batches_say_so_and_have_every_option(client):
     paged = {one["id"]: one["paged"] for one in client.get("/v1/models").json()["data"]}
     assert paged == {"tiny": True, "lstm": False, "films": None}

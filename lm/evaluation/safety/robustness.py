@@ -79,6 +79,10 @@ class Robustness(SafetySet):
     def misfit(self, subject: Subject) -> str:
         if _is_classifier(subject):
             data = subject.config.data
+            if not subject.experiment.objective.class_names:
+                return "the classifier has no --config.data.labels"
+            if data.multi_label:
+                return "a text has any number of labels"
             has_some = data.validation_source or data.validation_fraction
             return "" if has_some else "the run has no validation data"
         if not subject.config.safety.task:
@@ -128,8 +132,6 @@ def _task(subject: Subject) -> tuple[list[Item], Answer]:
     if not _is_classifier(subject):
         return subject.sample(read_items(subject)), partial(_choose, subject)
     classifier = TextClassifier(subject.experiment, subject.params, subject.tokenizer)
-    if not classifier.labels:
-        raise UserError("safety set robustness: the classifier has no --config.data.labels")
     stores: Any = open_split(
         subject.config.data, "validation", subject.tokenizer, columns=("text", "label")
     )

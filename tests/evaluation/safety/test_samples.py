@@ -2,12 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace as Some
 
 import numpy as np
 import pytest
 
 from lm.data.personal_data import personal_data
-from lm.evaluation.safety.robustness import with_typos
+from lm.evaluation.safety.robustness import Robustness, with_typos
 
 
 def test_kinds_of_personal_data_in_a_text():
@@ -15,6 +16,16 @@ def test_kinds_of_personal_data_in_a_text():
     assert personal_data("4111 1111 1111 1111 and (212) 555-0123") == {"card", "phone"}
     assert personal_data("GB82 WEST 1234 5698 7654 32") == {"iban"}
     assert personal_data("10.0.0.1 and 4111 1111 1111 1112, ann at example") == set()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(("a", "b"), "any number of labels"), ((), "no --config.data.labels")]
+)
+def test_accuracy_needs_one_class_per_text(labels, message):
+    objective = Some(labels=labels, class_names=labels, columns=("text", "label"))
+    config = Some(data=Some(multi_label=True, validation_fraction=0.1))
+    subject = Some(experiment=Some(objective=objective), config=config)
+    assert message in Robustness().misfit(subject)
 
 
 def test_typos_change_a_share_of_the_longer_words_and_nothing_else():
