@@ -234,8 +234,8 @@ FIELDS = {
     "max_relative_positions": one_of(-1, 9, 30),
     "norm_rel_ebd": one_of("layer_norm", "none"),
     "share_att_key": one_of(True, False),
-    "pos_att_type": one_of("p2c|c2p", ["c2p", "p2c"], "c2p", ["p2c"]),
-    "position_biased_input": lambda rng, v: not v["relative_attention"] and rng.random() < 0.8,
+    "pos_att_type": one_of("p2c|c2p", ["c2p", "p2c"], "c2p", ["p2c"], None),
+    "position_biased_input": one_of(True, False),
     "pooler_hidden_act": mostly("gelu", "tanh", "relu", part=0.6),
     "conv_kernel_size": one_of(0, 0, 3, 1, 5),
     "conv_act": one_of("tanh", "gelu", "relu"),
@@ -303,7 +303,7 @@ OF_FAMILY = {
     "deberta-v2": BERT_ACTIVATION
     | {key: FIELDS[key] for key in ("position_buckets", "norm_rel_ebd", "share_att_key")}
     | {"conv_kernel_size": FIELDS["conv_kernel_size"], "conv_act": FIELDS["conv_act"]}
-    | {"embedding_size": lambda rng, v: v["hidden_size"]}
+    | {"embedding_size": FIELDS["embedding_size"]}
     | {"type_vocab_size": size(0, 3)},
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,

@@ -52,6 +52,9 @@ KINDS: dict[str, dict[str, object]] = {
         "model.embedding_norm": True,
         "model.norm_placement": "post",
         "model.first_conv": 3,
+        "model.relative_input": True,
+        "model.embedding_size": 8,
+        "model.projection_first": True,
         "objective.whole_word": True,
     },
     "masked encoder window": {

@@ -60,6 +60,11 @@ WRONG = {
         4,
         "--config.parallel.context_attention=ring and --config.model.positions=disentangled",
     ),
+    "projection of a decoder": (
+        {"model.embedding_size": 12, "model.projection_first": True},
+        1,
+        "--config.model.projection_first needs --config.model.family=encoder",
+    ),
     "generator": (
         MASKED | {"objective.name": "replaced_tokens", "model.generator_width": 12},
         1,
@@ -276,6 +281,8 @@ VALUES = {
     ),
     "model.mixer": ("attention", "disentangled"),
     "model.embedding_size": (0, 8, 12),
+    "model.projection_first": (False, True),
+    "model.relative_input": (False, True),
     "model.generator_width": (0, 8, 12),
     "model.generator_layers": (0, 1),
     "model.separate_embeddings": (False, True),

@@ -122,6 +122,11 @@ COMMON_KEYS: dict[str, Key] = {
         "ELECTRA); 0: d_model.",
         low=0,
     ),
+    "model.projection_first": Key(
+        False,
+        "Project the embeddings without a bias and before model.embedding_norm (DeBERTa).",
+        needs=("model.embedding_size",),
+    ),
     "model.separate_embeddings": Key(
         False,
         "Source and target have separate position embeddings and embedding norms, but share token "

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config.registries import OBJECTIVES, SCHEMA, STATE_SPACES, TRANSFORMERS
+from lm.config.registry import config_value
 
 _PATTERNS = {  # layer lists, and the keys that exclude them
     "global_layers": ("global_every", "global_first"),
@@ -91,6 +92,10 @@ def _shape_rules(config: ConfigDict) -> Iterator[str]:
                 else f"--config.model.family={model.family}"
             )
         )
+    if model.embedding_size and model.projection_first:
+        for key, wanted in (("model.family", "encoder"), ("model.embedding_norm", True)):
+            if config_value(config, key) != wanted:
+                yield f"--config.model.projection_first needs --config.{key}={wanted}"
     if config.objective.name == "replaced_tokens":
         yield from _generator_rules(config)
     if model.n_encoder_heads:
@@ -141,11 +146,9 @@ def _audio_rules(config: ConfigDict) -> Iterator[str]:
 
 def _generator_rules(config: ConfigDict) -> Iterator[str]:
     model, width = config.model, config.model.generator_width
-    if config.objective.next_sentence:
-        yield (
-            "--config.objective.next_sentence is not supported with "
-            "--config.objective.name=replaced_tokens"
-        )
+    for key in ("objective.next_sentence", "model.projection_first"):
+        if config_value(config, key):
+            yield f"--config.{key} is not supported with --config.objective.name=replaced_tokens"
     for name in ("n_heads", "n_kv_heads", "d_ff", "n_experts"):
         size = model[name] or (4 * model.d_model if name == "d_ff" else 0)
         if name == "n_experts" and size:

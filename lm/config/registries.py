@@ -190,10 +190,11 @@ class DisentangledOptions:
 
     relative_terms: str = option(
         "both",
-        "Disentangled: add logits of queries and positions (c2p), of keys and positions (p2c), or "
-        "both.",
-        choices=("both", "c2p", "p2c"),
+        "Disentangled: add logits of queries and positions (c2p), of keys and positions (p2c), "
+        "both, or none.",
+        choices=("both", "c2p", "p2c", "none"),
     )
+    relative_input: bool = option(False, "Disentangled: the embeddings have learned positions too.")
     relative_norm: bool = option(True, "Disentangled: normalize the position embeddings.")
     relative_shared: bool = option(
         True, "Disentangled: positions share the query and key kernels of the tokens."

@@ -17,6 +17,7 @@ from lm.data.special_tokens import special_tokens
 from lm.data.tokenizer import Tokenizer
 from lm.errors import UserError
 from lm.experiment import Experiment
+from lm.models.positions import has_position_table
 
 TokenIds = Sequence[int] | np.ndarray
 _SHORTEST = 16
@@ -81,7 +82,7 @@ def require_text_input(model: nn.Module, who: str) -> None:
 def context_length(model: nn.Module) -> int | None:
     """Return the number of positions of the model; None: no limit."""
     config = model.config  # type: ignore[attr-defined]
-    return config.max_length if getattr(config, "positions", "none") == "learned" else None
+    return config.max_length if has_position_table(config) else None
 
 
 def check_ids(inputs: Sequence[TokenIds], model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """DeBERTa 2 and 3 (He et al. 2021, 2023), bare or with the heads of its classes.
 
 In the releases of version 3 only attention has positions, and the layers' own projections are also
-applied to the position table. The classes' default is a plain encoder with embedded positions.
+applied to the position table. The classes' default is a plain encoder with embedded positions. Some
+have both, or embeddings of another width that are projected before they are normalized.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from lm.interop.tensor_mapping import (
     output_mapping,
     same_layout,
 )
+from lm.models.positions import has_position_table
 from lm.models.transformer_config import TransformerConfig
 
 _LAYERS, _LAYER = "stack/layers", "deberta.encoder.layer.{}"
-_TERMS = {frozenset(("c2p", "p2c")): "both"} | {frozenset((x,)): x for x in ("c2p", "p2c")}
+_TERMS = {frozenset(("c2p", "p2c")): "both", frozenset(()): "none"}
+_TERMS |= {frozenset((x,)): x for x in ("c2p", "p2c")}
 _HEAD, _CONV = "cls.predictions", "deberta.encoder.conv"
 _CURVES = {"tanh": "tanh", **ACTIVATIONS}
 
@@ -44,6 +47,7 @@ def _base(config: TransformerConfig) -> list[TensorMapping]:
         same_layout(f"{embeddings}.word_embeddings.weight", "tokens/embedding"),
         same_layout(f"{embeddings}.token_type_embeddings.weight", "types/embedding"),
         same_layout(f"{embeddings}.position_embeddings.weight", "positions/embedding"),
+        *linear_mappings(f"{embeddings}.embed_proj", "embedding_projection"),
         *norm_mappings(f"{embeddings}.LayerNorm", "embedding_norm"),
         same_layout("deberta.encoder.rel_embeddings.weight", "stack/relative_table/embedding"),
         *norm_mappings("deberta.encoder.LayerNorm", "stack/relative_table/norm"),
@@ -71,8 +75,9 @@ def _adapted(hf: Values, stored: dict[str, StoredTensor]) -> dict[str, StoredTen
 
 
 def _read(hf: Values) -> Values:
-    width = hf.get("embedding_size") or hf["hidden_size"]
-    require_equal({"width": width, **hf}, width=hf["hidden_size"], conv_groups=1)
+    width = read_size({"embedding_size": hf["hidden_size"]} | hf, "embedding_size")
+    is_projected = width != hf["hidden_size"]
+    require_equal(hf, conv_groups=1)
     conv = read_size({"conv_kernel_size": 0} | hf, "conv_kernel_size")
     if conv and conv % 2 == 0:
         raise UnsupportedConfig(f"config.json: conv_kernel_size={conv} is even")
@@ -84,6 +89,8 @@ def _read(hf: Values) -> Values:
     positions = _read_relative if hf["relative_attention"] else _read_absolute
     return positions(hf, terms, length) | {
         "max_length": length,
+        "embedding_size": width if is_projected else 0,
+        "projection_first": is_projected,
         "activation": lm_word(hf, "hidden_act", ACTIVATIONS, "gelu"),
         "pooler_activation": lm_word(hf, "pooler_hidden_act", _CURVES, "gelu"),
         "first_conv": conv,
@@ -97,16 +104,16 @@ def _read(hf: Values) -> Values:
 
 def _read_relative(hf: Values, terms: Collection[str], length: int) -> Values:
     """Read the table of positions and how attention uses it."""
-    require_equal(hf, position_biased_input=False)
     if terms not in _TERMS:
         raise UnsupportedConfig(
             f"config.json: pos_att_type={hf.get('pos_att_type')} is not supported, only c2p|p2c"
         )
     buckets, longest = hf.get("position_buckets", -1), hf.get("max_relative_positions", -1)
     longest = longest if longest > 0 else length
-    is_log = buckets > 0
+    n_rows, is_log = 2 * (buckets if buckets > 0 else longest), buckets > 0 and bool(terms)
     options = DisentangledOptions(
         relative_terms=_TERMS[terms],
+        relative_input=bool(hf.get("position_biased_input")),
         relative_norm="layer_norm" in (hf.get("norm_rel_ebd") or "").lower(),
         relative_shared=bool(hf.get("share_att_key")),
         relative_log=is_log,
@@ -115,8 +122,8 @@ def _read_relative(hf: Values, terms: Collection[str], length: int) -> Values:
         "mixer": "disentangled",
         "mixer_options": options,
         "positions": "disentangled",
-        "relative_buckets": 2 * (buckets if is_log else longest),
-        "relative_max_distance": longest if is_log else 2 * longest,
+        "relative_buckets": n_rows,
+        "relative_max_distance": longest if is_log else n_rows,
     }
 
 
@@ -140,13 +147,14 @@ def _write(config: TransformerConfig) -> Values:
     longest = c.relative_max_distance if o.relative_log else c.relative_buckets // 2
     return {
         "relative_attention": is_relative,
-        "position_biased_input": c.positions == "learned",
+        "position_biased_input": has_position_table(c),
         "pos_att_type": terms if is_relative else by_number.get(n_terms),
         "share_att_key": o.relative_shared,
         "norm_rel_ebd": "layer_norm" if o.relative_norm else "none",
         "position_buckets": c.relative_buckets // 2 if is_relative and o.relative_log else -1,
         "max_relative_positions": longest if is_relative else -1,
         "max_position_embeddings": c.max_length,
+        "embedding_size": c.embedding_size or c.d_model,
         "hidden_act": hf_word(c.activation, ACTIVATIONS, "activation"),
         "pooler_hidden_act": hf_word(c.pooler_activation, _CURVES, "pooler_activation"),
         "conv_kernel_size": c.first_conv,

@@ -21,6 +21,7 @@ from lm.kernels.elementwise import output_activation
 from lm.models.expert_choice import has_groups, has_normalized_weights
 from lm.models.experts_config import ExpertsConfig
 from lm.models.moe import expert_width
+from lm.models.positions import has_position_table
 from lm.models.rotary import SCALING_FIELDS, attention_factor
 from lm.models.transformer_config import InitConfig, TransformerConfig, segments
 from lm.models.variables import MODEL_STATE
@@ -393,7 +394,7 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
     values["transform_activation"] = output_activation(c.transform_activation, c.activation)
     if c.norm == "rmsnorm":
         unused.add("norm_bias")
-    if c.positions != "learned":
+    if not has_position_table(c):
         unused |= {"position_offset", "max_length"}
     is_global_N = c.is_global(c.n_layers)
     unused |= {"global_first", "global_layers", "nope_layers", "expert_layers"}
@@ -439,6 +440,8 @@ def comparable_config(config: TransformerConfig, model: str, has_task: bool) -> 
     values |= {"rope_attention_factor": attention_factor(c), "rope_fraction": rotary_width(c)}
     if c.positions not in ("relative", "disentangled"):
         unused |= {"relative_buckets", "relative_max_distance", "relative_per_layer"}
+    if not c.embedding_size:
+        unused.add("projection_first")
     if not c.tie_embeddings:
         unused.add("scale_logits")
     if not c.first_conv:

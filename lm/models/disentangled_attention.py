@@ -66,7 +66,8 @@ class DisentangledAttention(Attention):
         super().setup()
         c, terms = self.config, self.config.mixer_options.relative_terms
         self.dropout = nn.Dropout(c.dropout, deterministic=self.deterministic)
-        self.reads_positions, self.is_read_from_positions = terms != "p2c", terms != "c2p"
+        self.reads_positions = terms in ("both", "c2p")
+        self.is_read_from_positions = terms in ("both", "p2c")
         if not c.mixer_options.relative_shared:
             init = c.kernel_init(c.std(c.d_model, c.n_heads * c.head_dim))
             names, role = ("embed", "heads", "head_dim"), Role(Kind.MATRIX, c.stream)
@@ -95,14 +96,14 @@ class DisentangledAttention(Attention):
             rows_LL = log_buckets(rows_LL, n_rows, c.relative_max_distance)
         else:
             rows_LL = np.clip(rows_LL + n_rows // 2, 0, n_rows - 1)
-        bias_BHLL: Any = 0.0
+        terms: list[jax.Array] = []
         if self.reads_positions:
             k_RHK = (self.key if o.relative_shared else self.position_key)(table_1RD)[0]
-            bias_BHLL += _pick(q_BLHK, k_RHK, rows_LL)
+            terms.append(_pick(q_BLHK, k_RHK, rows_LL))
         if self.is_read_from_positions:
             q_RHK = (self.queries if o.relative_shared else self.position_query)(table_1RD)[0]
-            bias_BHLL += _pick(k_BLHK, q_RHK * share, rows_LL.T).swapaxes(2, 3)
-        bias_BHLL *= c.score_scale
+            terms.append(_pick(k_BLHK, q_RHK * share, rows_LL.T).swapaxes(2, 3))
+        bias_BHLL = sum(terms[1:], terms[0]) * c.score_scale if terms else None
         o_BLHK = self._attend(q_BLHK, (k_BLHK, v_BLHK), inputs.mask, bias_BHLL)
         return self.out(o_BLHK), None
 

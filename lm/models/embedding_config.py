@@ -15,6 +15,7 @@ class EmbeddingConfig:
     encoder_d_ff: int = 0
     token_types: int = 0
     embedding_size: int = 0
+    projection_first: bool = False
     separate_embeddings: bool = False
     separate_tokens: bool = False
     tie_embeddings: bool = True

@@ -13,8 +13,8 @@ from lm.models.variables import Kind, Role
 def make_projection(config: TransformerConfig, n_in: int, n_out: int) -> Linear:
     """Build the map from one width to another, with a bias if the layers have biases."""
     c, role = config, Role(Kind.MATRIX, config.stream, "body")
-    init = c.kernel_init(c.stddev(n_in, n_out))
-    return Linear((n_in,), (n_out,), ("embed", "residual"), role, c.bias, init, c.dtype)
+    init, bias = c.kernel_init(c.stddev(n_in, n_out)), c.bias and not c.projection_first
+    return Linear((n_in,), (n_out,), ("embed", "residual"), role, bias, init, c.dtype)
 
 
 def embedding_projections(config: TransformerConfig) -> tuple[Linear, Linear]:

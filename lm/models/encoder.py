@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from lm.kernels.dot_product_attention import AttentionMask
 from lm.kernels.elementwise import ACTIVATIONS, output_activation
-from lm.models.decoder import Model
+from lm.models.decoder import Model, position_table
 from lm.models.generator import Generator, generator_config
 from lm.models.layers import make_norm
+from lm.models.positions import has_position_table
 from lm.models.task_layers import Bias
 from lm.models.transformer import Stack
 from lm.models.variables import Kind, Role
@@ -31,6 +32,8 @@ class Encoder(Model):
     def setup(self) -> None:
         super().setup()
         c = self.config
+        if has_position_table(c) and c.positions != "learned":
+            self.positions = position_table(c)
         stack = Stack
         if c.first_conv:
             from lm.models.convolved_stack import ConvolvedStack
@@ -68,8 +71,16 @@ class Encoder(Model):
         types_BL: jax.Array | None = None,
     ) -> jax.Array:
         """Return the encoded tokens, [B, L, D]; tokens attend within their segment."""
-        x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL)
+        c, parts = self.config, ("embedding_norm", "embedding_projection")
+        if c.embedding_size and c.projection_first:
+            parts = ("normed_projection", "")
+        names = ("tokens", "positions", *parts)
+        x_BLD, positions_BL = self.embed(tokens_BL, positions_BL, types_BL, names)
         return self.stack(x_BLD, positions_BL, AttentionMask(False, segment_ids_BL))[0]
+
+    def normed_projection(self, x_BLE: jax.Array) -> jax.Array:
+        """Project embeddings [B, L, E] and normalize the result, [B, L, D]."""
+        return self.embedding_norm(self.embedding_projection(x_BLE))
 
     def logits(self, x_BPD: jax.Array) -> jax.Array:
         """Return logits [B, P, V]: dense layer, norm, output matrix and bias."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,12 @@ from lm.models.attention import MixerInputs
 from lm.models.transformer_config import TransformerConfig
 from lm.models.variables import Kind, Part, Role, param
 from lm.parallel.mesh import current_mesh
+
+
+def has_position_table(config: Any) -> bool:
+    """Return whether a model of any family adds learned positions to its embeddings."""
+    of_mixer = getattr(getattr(config, "mixer_options", None), "relative_input", False)
+    return of_mixer or getattr(config, "positions", "none") == "learned"
 
 
 def sinusoidal(positions_BL: jax.Array, d_model: int) -> jax.Array:

@@ -389,7 +389,12 @@ ENCODERS = {
         | {"type_vocab_size": 2, "tie_word_embeddings": False, "position_buckets": -1}
         | {"max_relative_positions": 9, "num_attention_heads": 4, "hidden_act": "gelu_new"}
         | {"share_att_key": False, "norm_rel_ebd": "none", "pos_att_type": ["p2c"]}
-        | {"conv_kernel_size": 3, "conv_act": "gelu"},
+        | {"conv_kernel_size": 3, "conv_act": "gelu"}
+        | {"position_biased_input": True, "embedding_size": 20},
+    ),
+    "deberta-no-terms": (
+        "DebertaV2ForMaskedLM",
+        DEBERTA | {"pos_att_type": None, "position_biased_input": True, "embedding_size": 20},
     ),
     "deberta-absolute": (
         "DebertaV2ForMaskedLM",
