@@ -206,7 +206,7 @@ def test_activations_move_between_stages_and_no_parameter_is_gathered(experiment
         ({"stage": 4}, {"microbatches": 6}, {}, r"microbatches=6 is not a multiple of .*stage=4"),
         ({"stage": 2, "data": 2}, {"microbatches": 8}, {}, r"data.batch_size=8 .* by 16 "),
         ({"stage": 2}, {}, {"eval.batch_size": 3}, r"eval.batch_size=3 is not divisible by 2 "),
-        ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 .*experts_every"),
+        ({"stage": 4}, {}, EVERY_OTHER, r"n_layers=4 is not .* by 8 .* × 2 layers of"),
     ],
 )  # fmt: skip
 def test_indivisible_sizes_are_errors(experiment_on, mesh, options, overrides, message):
