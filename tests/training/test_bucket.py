@@ -155,7 +155,7 @@ def test_process_whose_lease_was_taken_over_ends(bucket, monkeypatch, capsys):
         while not codes and time.monotonic() < until:
             time.sleep(0.05)
     assert codes == [1]
-    assert f"another process trains in {place} now" in capsys.readouterr().err
+    assert f"another process now trains in {place}" in capsys.readouterr().err
     assert (place / ".lock").read_text() == '{"owner": "another"}'
 
 
